@@ -11,3 +11,21 @@
 """The trainer and the evaluator of every bundle."""
 
 from __future__ import annotations
+
+from common.engines.evaluator import RegistrationEvaluator
+from common.engines.network import FieldsModule, autocast, distribute, seed_everything
+from common.engines.trainer import NonFiniteLossError, RegistrationTrainer, prepare_pair
+from common.engines.values import PairValues, stack_pair
+
+__all__ = [
+    "FieldsModule",
+    "NonFiniteLossError",
+    "PairValues",
+    "RegistrationEvaluator",
+    "RegistrationTrainer",
+    "autocast",
+    "distribute",
+    "prepare_pair",
+    "seed_everything",
+    "stack_pair",
+]

@@ -1,0 +1,131 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The evaluation engine of every bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedEvaluator
+from monai.engines.utils import IterationEvents
+from monai.inferers import Inferer
+from torch import Tensor, nn
+
+from common.engines.network import autocast
+from common.engines.trainer import prepare_pair
+from common.engines.values import PairValues
+
+__all__ = ["RegistrationEvaluator"]
+
+
+class RegistrationEvaluator(SupervisedEvaluator):
+    """Register pairs and measure them.
+
+    ``metrics`` names each measure, with the values it takes: ``{"dice": {"metric": DiceScore(labels=[1, 2]),
+    "inputs": ["moved_label", "fixed_label"]}}``. The same metric on ``moving_label`` gives the value before
+    registration. ``state.output["metrics"]`` holds the values of the batch, (B, K) each; ``state.metrics`` the means
+    over all pairs of all processes.
+
+    Args:
+        device: where to run.
+        val_data_loader: gives dictionaries with ``moving`` and ``fixed`` (B, C, *S).
+        network: from ``common.engines.distribute``, or any module that maps (B, 2C, *S) to a dictionary with ``ddf``.
+        metrics: the measures by name.
+        key_val_metric: the name whose best value is remembered; None for none.
+        lower_is_better: whether a smaller key metric is better.
+        labels: foreground labels, for values on one-hot labels.
+        amp: as for the trainer.
+        inferer: how the network is called.
+        val_handlers: Ignite handlers; None entries are dropped.
+        prepare_batch: moves a batch to the device and stacks the pair.
+        kwargs: passed to MONAI's ``SupervisedEvaluator``.
+
+    Raises:
+        ValueError: when the key metric is not among the metrics.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        val_data_loader: Iterable[Any],
+        network: nn.Module,
+        metrics: Mapping[str, Mapping[str, Any]] | None = None,
+        key_val_metric: str | None = None,
+        lower_is_better: bool = False,
+        labels: Sequence[int] = (),
+        amp: bool | str = False,
+        inferer: Inferer | None = None,
+        val_handlers: Sequence[Any] | None = None,
+        prepare_batch: Callable[..., Any] = prepare_pair,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            device=torch.device(device),
+            val_data_loader=val_data_loader,
+            network=network,
+            inferer=inferer,
+            prepare_batch=prepare_batch,
+            decollate=False,
+            **kwargs,
+        )
+        self.metrics = dict(metrics or {})
+        if key_val_metric is not None and key_val_metric not in self.metrics:
+            raise ValueError(f"key metric '{key_val_metric}' is not among the metrics {sorted(self.metrics)}")
+        self.state.key_metric_name = key_val_metric
+        self.lower_is_better = lower_is_better
+        self.labels = labels
+        self.precision = amp
+        self.add_event_handler(Events.EPOCH_STARTED, self._reset_metrics)
+        self.add_event_handler(Events.EPOCH_COMPLETED, self._aggregate)
+        if val_handlers is not None:
+            self._register_handlers([handler for handler in val_handlers if handler is not None])
+
+    def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
+        image, batch = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
+        with self.mode(self.network), torch.no_grad():
+            with autocast(self.state.device, self.precision):
+                fields = self.inferer(image, self.network)
+            values = PairValues(batch, fields, self.labels)
+            measured = {name: self._measure(name, entry, values) for name, entry in self.metrics.items()}
+            _ = values["moved"]
+        output = values.known()
+        output["metrics"] = measured
+        self.state.output = output
+        self.fire_event(IterationEvents.FORWARD_COMPLETED)
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return output
+
+    def _measure(self, name: str, entry: Mapping[str, Any], values: PairValues) -> Tensor:
+        missing = [key for key in entry["inputs"] if key not in values]
+        if missing:
+            raise KeyError(
+                f"metric '{name}' needs {missing}, which the batch and the network do not give: {list(values)}"
+            )
+        return entry["metric"](*[values[key] for key in entry["inputs"]])
+
+    def _reset_metrics(self) -> None:
+        for entry in self.metrics.values():
+            entry["metric"].reset()
+
+    def _aggregate(self) -> None:
+        """Average over all pairs, and remember the best value of the key metric."""
+        for name, entry in self.metrics.items():
+            self.state.metrics[name] = float(entry["metric"].aggregate())
+        key = self.state.key_metric_name
+        if key is None:
+            return
+        current, best = self.state.metrics[key], self.state.best_metric
+        better = current < best if self.lower_is_better else current > best
+        if self.state.best_metric_epoch == -1 or better:
+            self.state.best_metric, self.state.best_metric_epoch = current, self.state.epoch
