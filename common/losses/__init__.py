@@ -11,3 +11,25 @@
 """Similarity and smoothness terms, and their weighted sum."""
 
 from __future__ import annotations
+
+from common.losses.folding import NonDiffeomorphicVolume
+from common.losses.intensity import MSE, GlobalNCC, MutualInformation
+from common.losses.kl import GaussianKL
+from common.losses.lncc import LNCC
+from common.losses.overlap import SoftDice, one_hot
+from common.losses.smoothness import BendingEnergy, Diffusion
+from common.losses.weighted import WeightedLosses
+
+__all__ = [
+    "LNCC",
+    "MSE",
+    "BendingEnergy",
+    "Diffusion",
+    "GaussianKL",
+    "GlobalNCC",
+    "MutualInformation",
+    "NonDiffeomorphicVolume",
+    "SoftDice",
+    "WeightedLosses",
+    "one_hot",
+]
