@@ -8,6 +8,43 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pure functions on displacement fields."""
+"""Pure functions on displacement fields.
+
+A field ``ddf`` is (B, d, *S), float32, in voxels of the fixed grid, channel k along array axis k, and pulls back:
+``moved(x) = moving(x + ddf(x))``. No function here knows of networks, losses or files.
+"""
 
 from __future__ import annotations
+
+from common.spatial.affine import affine_to_ddf, ddf_to_affine
+from common.spatial.composition import compose, integrate
+from common.spatial.digital import (
+    digital_jacobian_determinants,
+    non_diffeomorphic_volume,
+    non_diffeomorphic_volume_percent,
+)
+from common.spatial.grid import identity_grid
+from common.spatial.inversion import Inversion, invert
+from common.spatial.jacobian import jacobian_determinant, jacobian_matrix
+from common.spatial.labels import warp_labels
+from common.spatial.resampling import resample_field
+from common.spatial.warping import warp, warp_points
+
+__all__ = [
+    "Inversion",
+    "affine_to_ddf",
+    "compose",
+    "ddf_to_affine",
+    "digital_jacobian_determinants",
+    "identity_grid",
+    "integrate",
+    "invert",
+    "jacobian_determinant",
+    "jacobian_matrix",
+    "non_diffeomorphic_volume",
+    "non_diffeomorphic_volume_percent",
+    "resample_field",
+    "warp",
+    "warp_labels",
+    "warp_points",
+]
