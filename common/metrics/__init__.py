@@ -11,3 +11,22 @@
 """Registration metrics in MONAI's form."""
 
 from __future__ import annotations
+
+from common.metrics.base import RegistrationMetric
+from common.metrics.collection import MetricCollection
+from common.metrics.landmarks import TargetRegistrationError
+from common.metrics.overlap import DiceScore
+from common.metrics.regularity import NonDiffeomorphicVolumePercent, NonPositiveJacobianPercent, StdLogJacobian
+from common.metrics.surface import AverageSurfaceDistance, HausdorffDistance95
+
+__all__ = [
+    "AverageSurfaceDistance",
+    "DiceScore",
+    "HausdorffDistance95",
+    "MetricCollection",
+    "NonDiffeomorphicVolumePercent",
+    "NonPositiveJacobianPercent",
+    "RegistrationMetric",
+    "StdLogJacobian",
+    "TargetRegistrationError",
+]
