@@ -11,3 +11,55 @@
 """Networks and blocks that two or more bundles share."""
 
 from __future__ import annotations
+
+from common.networks.base import (
+    Encoder,
+    RegistrationNetwork,
+    as_tuple,
+    average_pool,
+    crop_to,
+    encode_pair,
+    pad_to_multiple,
+    paired_channels,
+    split_pair,
+    to_image_grid,
+)
+from common.networks.blocks import ConvUnit, FlowHead, InstanceNorm, UpStage, upsample_to
+from common.networks.factory import ENCODER_PRESETS, build_encoder
+from common.networks.swin import SwinEncoder
+from common.networks.transmorph_tvf import PyramidDecoder, TimeSteps, TransMorphTVF, TVFOutput
+from common.networks.vfa import VFAEncoder
+from common.networks.voxelmorph import VoxelMorph, VoxelMorphEncoder, VoxelMorphUNet
+from common.networks.weights import LoadReport, interpolate_bias_tables, load_encoder_weights
+
+__all__ = [
+    "ConvUnit",
+    "ENCODER_PRESETS",
+    "Encoder",
+    "FlowHead",
+    "InstanceNorm",
+    "LoadReport",
+    "PyramidDecoder",
+    "RegistrationNetwork",
+    "SwinEncoder",
+    "TVFOutput",
+    "TimeSteps",
+    "TransMorphTVF",
+    "UpStage",
+    "VFAEncoder",
+    "VoxelMorph",
+    "VoxelMorphEncoder",
+    "VoxelMorphUNet",
+    "as_tuple",
+    "average_pool",
+    "build_encoder",
+    "crop_to",
+    "encode_pair",
+    "interpolate_bias_tables",
+    "load_encoder_weights",
+    "pad_to_multiple",
+    "paired_channels",
+    "split_pair",
+    "to_image_grid",
+    "upsample_to",
+]
