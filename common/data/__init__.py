@@ -8,6 +8,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Cohorts, pairs and their checks."""
+"""Cohorts, pairs and integrity checks: from files to items that a DataLoader can batch."""
 
 from __future__ import annotations
+
+from common.data.cohort import Cohort, cohort_from_json, load_cohort
+from common.data.pairs import PairDataset
+from common.data.subsets import nested_subset
+
+__all__ = ["Cohort", "PairDataset", "cohort_from_json", "load_cohort", "nested_subset"]

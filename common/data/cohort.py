@@ -1,0 +1,319 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Cohorts: who is in training, validation and test, as absolute paths, from a name or from any dataset JSON."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from common import data_splits_root
+from common.data.datalist import (
+    Entry,
+    clean_path,
+    is_pair,
+    parse_labels,
+    parse_pairs,
+    parse_subjects,
+    read_json,
+    unique_ids,
+)
+from common.data.subsets import nested_subset
+
+__all__ = ["Cohort", "cohort_from_json", "load_cohort"]
+
+logger = logging.getLogger(__name__)
+
+_VALIDATION = ("validation", "val", "registration_val", "validation_paired_images")
+_TEST = ("test", "registration_test", "test_paired_images")
+_SHOWN = 5
+
+
+@dataclass
+class Cohort:
+    """A data set ready for :class:`common.data.PairDataset`.
+
+    Attributes:
+        name: of the data set.
+        training: subjects with ``id``, ``image`` and, where there is one, ``label`` and ``mask``; absolute paths.
+        validation, test: pairs with ``moving``, ``fixed``, ``moving_id``, ``fixed_id`` and, where known,
+            ``moving_label``, ``fixed_label``, ``moving_mask``, ``fixed_mask``.
+        training_pairs: pairs, where the JSON lists some for training (Learn2Reg's ``training_paired_images``).
+        labels: name by value; without entries when the JSON has none.
+        shape: of every image, where the JSON states one.
+        spacing: of every image in mm, where the JSON states one.
+        orientation: axis codes of every image such as ``"RAS"``, where the JSON states them.
+        licence, source: terms of use and where to get the data.
+        dataset_dir: the folder that relative paths start from.
+        atlas: the subject that serves as atlas, where the JSON names one.
+        meta: the JSON without its lists.
+    """
+
+    name: str
+    training: list[Entry] = field(default_factory=list)
+    validation: list[Entry] = field(default_factory=list)
+    test: list[Entry] = field(default_factory=list)
+    training_pairs: list[Entry] = field(default_factory=list)
+    labels: dict[int, str] = field(default_factory=dict)
+    shape: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    orientation: str | None = None
+    licence: str = ""
+    source: str = ""
+    dataset_dir: str = ""
+    atlas: Entry | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def foreground_labels(self) -> list[int]:
+        """The label values without 0, the background."""
+        return [value for value in self.labels if value != 0]
+
+    def files(self) -> list[str]:
+        """Every file that the cohort names, once, in order."""
+        keys = ("image", "label", "mask", *(f"{r}{k}" for r in ("moving", "fixed") for k in ("", "_label", "_mask")))
+        entries = [
+            *self.training,
+            *self.training_pairs,
+            *self.validation,
+            *self.test,
+            *([self.atlas] if self.atlas else []),
+        ]
+        return list(dict.fromkeys(entry[key] for entry in entries for key in keys if key in entry))
+
+
+def load_cohort(
+    name_or_json: str | Path = "synthetic",
+    dataset_dir: str | Path | None = None,
+    *,
+    datalist: str | Path | None = None,
+    train_fraction: float | None = None,
+    train_count: int | None = None,
+    seed: int = 0,
+    test_list: str | None = None,
+    download: bool = False,
+    must_exist: bool = True,
+    **synthetic: Any,
+) -> Cohort:
+    """Load a cohort by name or from a dataset JSON.
+
+    Args:
+        name_or_json: ``"synthetic"``, a name that has a JSON in ``data_splits/`` (``"hippocampus"``, ``"oasis2d"``,
+            ``"oasis"``, ``"lumir"``, ``"abdomen_ct"``, ``"ixi"``), or the path of a dataset JSON.
+        dataset_dir: folder of the data. Default for a JSON's path: the JSON's own folder, as Learn2Reg has it; for
+            ``"synthetic"`` and downloads: ``~/.cache/warpzoo`` (``XDG_CACHE_HOME`` is respected).
+        datalist: a dataset JSON that takes the place of the name's own.
+        train_fraction: part of the training subjects, in (0, 1]; see :func:`common.data.subsets.nested_subset`.
+        train_count: number of training subjects.
+        seed: of the training subset, and of the synthetic cohort.
+        test_list: which of the JSON's lists is ``test``, such as ``"test_020"``. Default: ``"test"``.
+        download: fetch the data when they are missing (``"hippocampus"`` only).
+        must_exist: check at once that every file is there.
+        synthetic: options of :func:`common.data.synthetic.synthetic_cohort`, such as ``spatial_dims``.
+
+    Returns:
+        the cohort.
+
+    Raises:
+        FileNotFoundError: when the folder or files are missing; says which, and where to get them.
+        ValueError: for an unknown name, an unusable JSON or an impossible subset.
+        TypeError: for options that only the synthetic cohort has.
+    """
+    if str(name_or_json) == "synthetic" and datalist is None:
+        from common.data.synthetic import synthetic_cohort
+
+        cohort = synthetic_cohort(dataset_dir, seed=seed, **synthetic)
+    elif synthetic:
+        raise TypeError(f"options {sorted(synthetic)} are for the 'synthetic' cohort, not for '{name_or_json}'")
+    else:
+        path = Path(datalist) if datalist is not None else _json_path(name_or_json)
+        if dataset_dir is None:
+            dataset_dir = _default_folder(str(name_or_json), path, download)
+        if download:
+            from common.data.download import download_dataset
+
+            dataset_dir = download_dataset(str(name_or_json), dataset_dir)
+        cohort = cohort_from_json(path, dataset_dir, test_list=test_list)
+    cohort.training = nested_subset(
+        cohort.training, fraction=train_fraction, count=train_count, seed=seed, at_least=1 if cohort.atlas else 2
+    )
+    if must_exist:
+        _require_files(cohort)
+    return cohort
+
+
+def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: str | None = None) -> Cohort:
+    """Read any accepted dataset JSON; no image is opened.
+
+    Lists of single images under ``validation`` or ``test`` become consecutive pairs (the second is registered to the
+    first, the third to the second), which is Learn2Reg's custom.
+
+    Args:
+        path: of the JSON.
+        dataset_dir: folder that its relative paths start from.
+        test_list: key of the list to use as test.
+
+    Raises:
+        FileNotFoundError, ValueError: when the JSON is missing or unusable.
+    """
+    content = read_json(path)
+    if "training" not in content and "training_paired_images" not in content:
+        raise ValueError(f"{path}: expected a 'training' list, found the keys {list(content)}")
+    if test_list is not None and test_list not in content:
+        raise ValueError(
+            f"{path} has no list '{test_list}'; it has {[k for k, v in content.items() if isinstance(v, list)]}"
+        )
+    root = Path(dataset_dir).expanduser().resolve()
+    training = content.get("training", [])
+    raw_subjects = [entry for entry in training if not is_pair(entry)]
+    raw_pairs = [entry for entry in training if is_pair(entry)] + content.get("training_paired_images", [])
+    reader = _Reader(content, root, str(path))
+    subjects = parse_subjects(raw_subjects, f"{path}: training")
+    pairs = {
+        "training_pairs": parse_pairs(raw_pairs, f"{path}: training pairs"),
+        "validation": reader.pairs(_first(content, _VALIDATION)),
+        "test": reader.pairs((test_list, content[test_list]) if test_list else _first(content, _TEST)),
+    }
+    atlas = parse_subjects([content["atlas"]], f"{path}: atlas") if content.get("atlas") else []
+    reader.name_files([*subjects, *atlas], [p for listed in pairs.values() for p in listed])
+    return Cohort(
+        name=str(content.get("name", Path(path).stem)),
+        training=[reader.subject(entry, "train") for entry in subjects],
+        labels=parse_labels(content.get("labels")),
+        shape=_per_image(content.get("shape", content.get("tensorImageShape")), int),
+        spacing=_per_image(content.get("spacing"), float),
+        orientation=content.get("orientation"),
+        licence=str(content.get("licence", content.get("license", ""))),
+        source=str(content.get("source", content.get("reference", ""))),
+        dataset_dir=str(root),
+        atlas=reader.subject(atlas[0], "atlas") if atlas else None,
+        meta={key: value for key, value in content.items() if not isinstance(value, list)},
+        **{name: [reader.pair(entry, name) for entry in listed] for name, listed in pairs.items()},
+    )
+
+
+class _Reader:
+    """Turns the entries of one JSON into entries with ids and absolute paths."""
+
+    def __init__(self, content: Mapping[str, Any], root: Path, where: str) -> None:
+        self.content, self.root, self.where = content, root, where
+        self.ids: dict[str, str] = {}
+        self.partners: dict[str, Entry] = {}
+
+    def pairs(self, named: tuple[str, Any]) -> list[Entry]:
+        """The pairs of one list, made consecutively where it lists single images."""
+        name, entries = named
+        if all(is_pair(entry) for entry in entries):
+            return parse_pairs(entries, f"{self.where}: {name}")
+        singles = parse_subjects(entries, f"{self.where}: {name}")
+        logger.info("%s: '%s' lists %d single images: pairing each with the one before", self.where, name, len(singles))
+        made = []
+        for moving, fixed in pairwise(singles):
+            pair: Entry = {}
+            for role, entry in (("moving", moving), ("fixed", fixed)):
+                pair |= {role if key == "image" else f"{role}_{key}": value for key, value in entry.items()}
+            made.append(pair)
+        return made
+
+    def name_files(self, subjects: Iterable[Entry], pairs: Iterable[Entry]) -> None:
+        """Give every image an id, and remember labels and masks so that pairs without them find them."""
+        subjects = list(subjects)
+        images = [entry["image"] for entry in subjects] + [entry[r] for entry in pairs for r in ("moving", "fixed")]
+        self.ids = unique_ids(images)
+        for entry in subjects:
+            image = clean_path(entry["image"])
+            self.ids[image] = str(entry.get("id", self.ids[image]))
+            self.partners[image] = {key: entry[key] for key in ("label", "mask") if key in entry}
+
+    def subject(self, entry: Entry, split: str) -> Entry:
+        """A training subject with its id and absolute paths."""
+        image = clean_path(entry["image"])
+        paths: Entry = {key: self._absolute(entry[key]) for key in ("image", "label", "mask") if key in entry}
+        return {**entry, "id": self.ids[image], **paths}
+
+    def pair(self, entry: Entry, split: str) -> Entry:
+        """A pair with both ids, labels from the same image's other entries, and absolute paths."""
+        result = dict(entry)
+        for role in ("moving", "fixed"):
+            image = clean_path(entry[role])
+            result.setdefault(f"{role}_id", self.ids[image])
+            for key, value in self._partner(image).items():
+                result.setdefault(f"{role}_{key}", value)
+            for key in (role, f"{role}_label", f"{role}_mask"):
+                if key in result:
+                    result[key] = self._absolute(result[key])
+        return result
+
+    def _partner(self, image: str) -> Entry:
+        """Labels and masks of an image named alone: from another entry, else Learn2Reg's ``labelsTr/`` beside it."""
+        if image not in self.partners:
+            folder, name = Path(image).parent, Path(image).name
+            self.partners[image] = {}
+            for key, prefix in (("label", "labels"), ("mask", "masks")):
+                if folder.name.startswith("images"):
+                    candidate = folder.with_name(prefix + folder.name[len("images") :]) / name
+                    if (self.root / candidate).is_file():
+                        self.partners[image][key] = str(candidate)
+        return self.partners[image]
+
+    def _absolute(self, path: str) -> str:
+        return str(self.root / path)
+
+
+def _first(content: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+    return next(((name, content[name]) for name in names if content.get(name)), (names[0], []))
+
+
+def _per_image(value: Any, kind: type) -> Any:
+    """A shape or spacing as a tuple; Learn2Reg has one for each modality, and the same for all of them."""
+    if isinstance(value, Mapping):
+        value = next(iter(value.values()), None)
+    return tuple(kind(number) for number in value) if value else None
+
+
+def _json_path(name_or_json: str | Path) -> Path:
+    known = sorted(path.stem for path in data_splits_root().glob("*.json"))
+    if str(name_or_json) in known:
+        return data_splits_root() / f"{name_or_json}.json"
+    if str(name_or_json).endswith(".json"):
+        return Path(name_or_json)
+    raise ValueError(
+        f"unknown cohort '{name_or_json}': expected 'synthetic', one of {known} or a path that ends in .json"
+    )
+
+
+def _default_folder(name: str, path: Path, download: bool) -> Path:
+    if path.parent != data_splits_root():
+        return path.parent
+    if download:
+        from common.data.download import cache_folder
+
+        return cache_folder()
+    content = read_json(path)
+    raise ValueError(f"cohort '{name}' needs dataset_dir, the folder of its data. {_where_to_get(content)}")
+
+
+def _where_to_get(content: Mapping[str, Any]) -> str:
+    return f"Get the data: {content.get('source', 'see its JSON')} (licence: {content.get('licence', 'unknown')})"
+
+
+def _require_files(cohort: Cohort) -> None:
+    files = cohort.files()
+    missing = [path for path in files if not Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"cohort '{cohort.name}': {len(missing)} of {len(files)} files are missing under {cohort.dataset_dir}, "
+            f"such as {[str(Path(p)) for p in missing[:_SHOWN]]}. {_where_to_get(cohort.meta)}"
+        )

@@ -1,0 +1,187 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Who is registered to whom: from an index to a (moving, fixed) pair of subjects.
+
+A pairing knows only ids and counts. It has no state but the epoch, so that a pair depends on nothing but
+``(seed, epoch, index)``: not on the number of DataLoader workers, not on the rank, not on any global generator.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+__all__ = ["AllOrdered", "AtlasToSubject", "IntraSubject", "Listed", "Pairing", "RandomPartner", "generator_for"]
+
+
+def generator_for(*entropy: int) -> np.random.Generator:
+    """A generator that is a function of its arguments only, such as ``(seed, epoch, index)``.
+
+    Neighbouring numbers give unrelated streams: numpy's ``SeedSequence`` hashes them.
+    """
+    return np.random.default_rng(np.random.SeedSequence([int(number) for number in entropy]))
+
+
+class Pairing(Protocol):
+    """The rule by which a dataset makes pairs."""
+
+    def __len__(self) -> int:
+        """How many pairs an epoch has."""
+        ...
+
+    def pair(self, index: int, epoch: int) -> tuple[int, int]:
+        """The positions of the moving and of the fixed subject of pair ``index`` in ``epoch``."""
+        ...
+
+
+class RandomPartner:
+    """Every subject is the fixed one once an epoch; its moving partner is drawn anew each epoch, never itself.
+
+    Args:
+        count: number of subjects, at least 2.
+        seed: of the draw.
+        length: pairs an epoch; each subject is fixed in turn. Default: one pair for each subject.
+
+    Raises:
+        ValueError: with fewer than two subjects.
+    """
+
+    def __init__(self, count: int, seed: int = 0, length: int | None = None) -> None:
+        if count < 2:
+            raise ValueError(f"a random partner needs at least 2 subjects, found {count}")
+        self.count, self.seed, self.length = count, seed, count if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def pair(self, index: int, epoch: int) -> tuple[int, int]:
+        """Draw among the ``count - 1`` others, without rejection, so that each is equally likely."""
+        fixed = index % self.count
+        draw = int(generator_for(self.seed, epoch, index).integers(self.count - 1))
+        return (draw if draw < fixed else draw + 1), fixed
+
+
+class AllOrdered:
+    """All ``n (n - 1)`` ordered pairs of different subjects, fixed subject slowest.
+
+    Args:
+        count: number of subjects, at least 2.
+
+    Raises:
+        ValueError: with fewer than two subjects.
+    """
+
+    def __init__(self, count: int) -> None:
+        if count < 2:
+            raise ValueError(f"ordered pairs need at least 2 subjects, found {count}")
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count * (self.count - 1)
+
+    def pair(self, index: int, epoch: int) -> tuple[int, int]:
+        """Pair ``index``, the same in every epoch."""
+        fixed, partner = divmod(index, self.count - 1)
+        return (partner if partner < fixed else partner + 1), fixed
+
+
+class AtlasToSubject:
+    """One atlas against every other subject.
+
+    Args:
+        count: number of subjects, the atlas among them.
+        atlas: position of the atlas.
+        atlas_is: which side the atlas takes: ``"moving"`` (atlas to subject) or ``"fixed"``.
+
+    Raises:
+        ValueError: when there is no other subject, or ``atlas_is`` is neither.
+    """
+
+    def __init__(self, count: int, atlas: int, atlas_is: str = "moving") -> None:
+        if atlas_is not in ("moving", "fixed"):
+            raise ValueError(f"atlas_is must be 'moving' or 'fixed', found '{atlas_is}'")
+        self.subjects = [position for position in range(count) if position != atlas]
+        if not self.subjects:
+            raise ValueError("atlas pairs need at least one subject besides the atlas, found none")
+        self.atlas, self.atlas_is = atlas, atlas_is
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def pair(self, index: int, epoch: int) -> tuple[int, int]:
+        """Pair ``index``, the same in every epoch."""
+        subject = self.subjects[index]
+        return (self.atlas, subject) if self.atlas_is == "moving" else (subject, self.atlas)
+
+
+class Listed:
+    """Pairs exactly as a list gives them.
+
+    Args:
+        pairs: positions of (moving, fixed) subjects.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.pairs = list(pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def pair(self, index: int, epoch: int) -> tuple[int, int]:
+        """Pair ``index``, the same in every epoch."""
+        return self.pairs[index]
+
+
+class IntraSubject:
+    """Scans of one subject against each other: several visits, phases or modalities.
+
+    Every scan that has a sibling is the fixed one once an epoch, with a sibling drawn anew each epoch.
+
+    Args:
+        subjects: subject entries.
+        key: the entry's key that names the person or animal, such as ``"subject"``.
+        seed: of the draw.
+        length: pairs an epoch. Default: one for each scan that has a sibling.
+
+    Raises:
+        KeyError: when an entry lacks the key.
+        ValueError: when no group has two scans.
+    """
+
+    def __init__(
+        self, subjects: Sequence[Mapping[str, Any]], key: str, seed: int = 0, length: int | None = None
+    ) -> None:
+        groups: dict[Any, list[int]] = {}
+        for position, subject in enumerate(subjects):
+            if key not in subject:
+                raise KeyError(
+                    f"entry '{subject.get('id', position)}' has no group key '{key}'; it has {list(subject)}"
+                )
+            groups.setdefault(subject[key], []).append(position)
+        alone = [name for name, members in groups.items() if len(members) < 2]
+        self.scans = [(own, members) for members in groups.values() if len(members) > 1 for own in members]
+        if not self.scans:
+            raise ValueError(f"intra-subject pairs need a '{key}' with at least 2 scans; all {len(groups)} have one")
+        if alone:
+            warnings.warn(f"{len(alone)} '{key}' with a single scan make no pair: {alone[:5]}", stacklevel=2)
+        self.seed, self.length = seed, len(self.scans) if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def pair(self, index: int, epoch: int) -> tuple[int, int]:
+        """Draw among the siblings of scan ``index``."""
+        fixed, members = self.scans[index % len(self.scans)]
+        others = [member for member in members if member != fixed]
+        return others[int(generator_for(self.seed, epoch, index).integers(len(others)))], fixed
