@@ -8,6 +8,32 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The random-image transform and preprocessing."""
+"""The random-image transform and preprocessing.
+
+Importing this package also puts its transforms into the namespace ``monai.transforms``, where MONAI's config parser
+and MONAI's users look for a transform: code that takes ``getattr(monai.transforms, name)`` finds ours like any other.
+Only names of ours are set, and never one that MONAI has itself.
+"""
 
 from __future__ import annotations
+
+import monai.transforms
+
+from common.transforms.array import RandImagePair
+from common.transforms.dictionary import RandImagePairD, RandImagePaird, RandImagePairDict
+from common.transforms.random_images import ImagePair, PairOptions, generate_pair
+
+__all__ = [
+    "ImagePair",
+    "PairOptions",
+    "RandImagePair",
+    "RandImagePairD",
+    "RandImagePairDict",
+    "RandImagePaird",
+    "generate_pair",
+]
+
+for _transform in (RandImagePair, RandImagePaird):
+    for _name in {n for n, value in globals().items() if value is _transform}:
+        if getattr(monai.transforms, _name, None) is None:
+            setattr(monai.transforms, _name, _transform)

@@ -1,0 +1,197 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pairs of random images with their label maps and the exact field that registers them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.spatial import warp
+from common.transforms.random_fields import random_pair_fields
+from common.transforms.random_intensities import bias_field, blur, intensity_tables, look_up, rescale_intensity
+from common.transforms.random_labels import random_labels
+from common.transforms.random_stream import RandomStream, item_seeds
+
+__all__ = ["ImagePair", "PairOptions", "generate_pair"]
+
+Range = tuple[float, float]
+
+# Images whose mean edge is shorter show the same scene smaller, instead of a few giant shapes.
+_FULL_SCALE_SIZE = 64.0
+
+
+class ImagePair(NamedTuple):
+    """A batch of pairs.
+
+    Args:
+        moving: (B, 1, *S), float32 in [0, 1].
+        fixed: (B, 1, *S), float32 in [0, 1].
+        moving_label: (B, 1, *S), int32; 0 is background.
+        fixed_label: (B, 1, *S), int32; 0 is background.
+        ddf: (B, d, *S), float32, voxels: ``moving(x + ddf(x)) = fixed(x)`` up to contrast and noise.
+        seeds: B seeds; ``generate_pair(S, seed=seeds[b])`` makes item b again.
+    """
+
+    moving: Tensor
+    fixed: Tensor
+    moving_label: Tensor
+    fixed_label: Tensor
+    ddf: Tensor
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """What a random pair looks like. Lengths are voxels; each effect is drawn for each image on its own.
+
+    Args:
+        num_labels: number of tissues, labelled from 1.
+        shape_scale: range of the edge of a noise cell of the label maps.
+        field_scale: edge of a noise cell of the deformations.
+        amplitudes: factors of the velocities, of which each deformation picks one.
+        background: "zeros": out of the scene's view lie label 0 and intensity 0; "border": the scene's border goes on.
+        multimodal_prob: probability that both images have their own intensities, as two modalities would.
+        blur_prob: probability of a Gaussian blur.
+        blur_sigma: range of its standard deviation.
+        bias_prob: probability of a smooth multiplicative bias.
+        bias_strength: range of the bias's strength, the largest change of the logarithm of the intensity.
+        noise_prob: probability of zero-mean Gaussian noise.
+        noise_std: range of its standard deviation; tissue intensities lie between 0.1 and 0.9.
+        gamma_prob: probability of a gamma curve.
+        gamma: range of the exponent; drawn uniformly in its logarithm.
+
+    Raises:
+        ValueError: when an option is out of its range.
+    """
+
+    num_labels: int = 16
+    shape_scale: Range = (36.0, 52.0)
+    field_scale: float = 32.0
+    amplitudes: Sequence[float] = (4.0, 6.0, 8.0, 14.0, 16.0, 18.0)
+    background: str = "zeros"
+    multimodal_prob: float = 0.0
+    blur_prob: float = 0.0
+    blur_sigma: Range = (0.5, 1.5)
+    bias_prob: float = 0.0
+    bias_strength: Range = (0.1, 0.5)
+    noise_prob: float = 0.0
+    noise_std: Range = (0.01, 0.05)
+    gamma_prob: float = 0.0
+    gamma: Range = (0.67, 1.5)
+
+    def __post_init__(self) -> None:
+        for name in ("multimodal_prob", "blur_prob", "bias_prob", "noise_prob", "gamma_prob"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name, least in (
+            ("shape_scale", 1.0),
+            ("blur_sigma", 0.0),
+            ("bias_strength", 0.0),
+            ("noise_std", 0.0),
+            ("gamma", 1e-3),
+        ):
+            low, high = getattr(self, name)
+            if not least <= low <= high:
+                raise ValueError(f"{name} must be a range (low, high) with {least} <= low <= high, got {(low, high)}")
+        if not 1 <= self.num_labels < 2**15:
+            raise ValueError(f"num_labels must be at least 1 (and below 32768), got {self.num_labels}")
+        if self.field_scale < 1.0:
+            raise ValueError(f"field_scale must be at least 1 voxel, got {self.field_scale}")
+        if len(self.amplitudes) == 0 or min(self.amplitudes) < 0.0:
+            raise ValueError(f"amplitudes must be one or more numbers of at least 0, got {self.amplitudes}")
+        if self.background not in ("zeros", "border"):
+            raise ValueError(f"background must be 'zeros' or 'border', got {self.background!r}")
+
+
+@torch.no_grad()
+def generate_pair(
+    spatial_size: Sequence[int],
+    *,
+    batch_size: int = 1,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> ImagePair:
+    """Draw pairs of random images.
+
+    A scene of random shapes is seen through two random diffeomorphisms. Following "Pretraining Deformable Image
+    Registration Networks with Random Images" (Chen et al., 2025), with the shapes off any lattice that both images
+    share, velocities scaled before they are integrated, and the exact answer returned.
+
+    On images whose edges' geometric mean is below 64 voxels, the scales and the amplitudes shrink in proportion.
+
+    Args:
+        spatial_size: of the images, 2-D or 3-D, any numbers.
+        batch_size: number of pairs.
+        seed: the seed of the first pair (pair b has seed + b), or one seed for each pair.
+        generator: draws the pairs' seeds when there is no seed. Without either, torch's global generator does.
+        device: where the pair is made. Shapes and fields are the same on every device; noise is not.
+        options: fields of :py:class:`PairOptions`.
+
+    Raises:
+        ValueError: when the size is not 2-D or 3-D, or an option is out of its range.
+        TypeError: when an option is unknown.
+    """
+    size = tuple(int(n) for n in spatial_size)
+    if len(size) not in (2, 3) or min(size) < 1:
+        raise ValueError(f"spatial_size must be 2 or 3 positive numbers, got {tuple(spatial_size)}")
+    chosen = PairOptions(**options)
+    stream = RandomStream(item_seeds(batch_size, seed, generator), device)
+    shrink = min(1.0, math.prod(size) ** (1.0 / len(size)) / _FULL_SCALE_SIZE)
+    scale = (shrink * chosen.shape_scale[0], shrink * chosen.shape_scale[1])
+    scene = random_labels(stream, size, chosen.num_labels, scale)
+    amplitudes = [shrink * amplitude for amplitude in chosen.amplitudes]
+    fields = random_pair_fields(stream, size, amplitudes, shrink * chosen.field_scale)
+    tables = intensity_tables(stream, chosen.num_labels, chosen.multimodal_prob)
+    moving, moving_label = _see(scene, tables[:, 0], fields.moving, chosen.background)
+    fixed, fixed_label = _see(scene, tables[:, 1], fields.fixed, chosen.background)
+    moving, fixed = _acquire(stream, torch.cat([moving, fixed], 1), chosen).split(1, dim=1)
+    return ImagePair(moving, fixed, moving_label, fixed_label, fields.ddf, stream.seeds)
+
+
+def _see(scene: Tensor, table: Tensor, ddf: Tensor, background: str) -> tuple[Tensor, Tensor]:
+    """The scene's image and label map under a deformation."""
+    label = warp(scene, ddf, mode="nearest", padding=background)
+    return warp(look_up(table, scene), ddf, padding=background), label.int()
+
+
+def _acquire(stream: RandomStream, images: Tensor, options: PairOptions) -> Tensor:
+    """What a scanner does to (B, 2, *S) images: blur, bias, noise, and at last a window to [0, 1] and a gamma curve.
+
+    All draws but the voxels' noise are made whatever the options, so that switching one on changes nothing else.
+    """
+    sigma = stream.uniform(2, low=options.blur_sigma[0], high=options.blur_sigma[1]) * stream.chance(
+        options.blur_prob, 2
+    )
+    std = stream.uniform(2, low=options.noise_std[0], high=options.noise_std[1]) * stream.chance(options.noise_prob, 2)
+    strength = stream.uniform(2, low=options.bias_strength[0], high=options.bias_strength[1])
+    strength = strength * stream.chance(options.bias_prob, 2)
+    curve = stream.uniform(2, low=math.log(options.gamma[0]), high=math.log(options.gamma[1]))
+    gamma = torch.exp(curve * stream.chance(options.gamma_prob, 2))
+    images = blur(images, sigma)
+    if options.bias_prob > 0:
+        images = images * bias_field(stream, images.shape[2:], strength)
+    if options.noise_prob > 0:
+        images = images + stream.voxel_noise(*images.shape[1:]) * _spread(std, images)
+    images = rescale_intensity(images)
+    return images ** _spread(gamma, images) if options.gamma_prob > 0 else images
+
+
+def _spread(values: Tensor, images: Tensor) -> Tensor:
+    """(B, C) values with an axis of one for every spatial axis."""
+    return values.view(*values.shape, *(1,) * (images.ndim - 2))
