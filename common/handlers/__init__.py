@@ -8,6 +8,28 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures, tables and safe checkpoints."""
+"""Pictures, tables, progress and checkpoints for Ignite engines."""
 
 from __future__ import annotations
+
+from common.handlers.checkpoint import CheckpointError, SafeCheckpoint, load_checkpoint, resume_from, save_checkpoint
+from common.handlers.figures import figure_to_array, registration_figure
+from common.handlers.pictures import PictureSaver
+from common.handlers.progress import LossProgressBar
+from common.handlers.table import MetricsTable
+from common.handlers.tensorboard import TensorBoardPictures, TensorBoardScalars
+
+__all__ = [
+    "CheckpointError",
+    "LossProgressBar",
+    "MetricsTable",
+    "PictureSaver",
+    "SafeCheckpoint",
+    "TensorBoardPictures",
+    "TensorBoardScalars",
+    "figure_to_array",
+    "load_checkpoint",
+    "registration_figure",
+    "resume_from",
+    "save_checkpoint",
+]

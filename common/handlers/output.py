@@ -1,0 +1,83 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What handlers read from an engine: its output, and means over an epoch and over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine
+from torch import Tensor
+
+__all__ = ["engine_output", "measurements", "RunningMeans", "is_first_rank"]
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes files."""
+    return idist.get_rank() == 0
+
+
+def engine_output(engine: Engine) -> Mapping[str, Any]:
+    """The output of an engine of :mod:`common.engines`, a dict.
+
+    Raises:
+        TypeError: when the output is of another kind, for instance a list because the engine decollates batches.
+    """
+    output = engine.state.output
+    if not isinstance(output, Mapping):
+        raise TypeError(f"the engine's output must be a dict (with decollate=False), got {type(output).__name__}")
+    return output
+
+
+def measurements(output: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The named numbers of an iteration: ``loss`` and the terms of a trainer, the metrics of an evaluator."""
+    values = {}
+    if output.get("loss") is not None:
+        values["loss"] = output["loss"]
+    values.update(output.get("losses") or {})
+    values.update(output.get("metrics") or {})
+    return {name: torch.as_tensor(value).detach() for name, value in values.items()}
+
+
+class RunningMeans:
+    """Means of named values since the last reset; NaN entries do not count.
+
+    Sums stay on the device the values come from: only :meth:`compute` waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        """Add scalars, or rows (B, K) of which each counts with its mean."""
+        for name, value in values.items():
+            rows = value.detach().double() if value.device.type != "mps" else value.detach().float()
+            rows = rows.reshape(1, 1) if rows.ndim == 0 else rows.reshape(rows.shape[0], -1)
+            means = rows.nanmean(1)
+            new = (means.nansum(), (~means.isnan()).sum())
+            old = self._sums.get(name)
+            self._sums[name] = new if old is None else (old[0] + new[0], old[1] + new[1])
+
+    def compute(self, *, all_ranks: bool = False) -> dict[str, float]:
+        """The means; with ``all_ranks`` over all processes, each of which must then call this with the same names."""
+        if not self._sums:
+            return {}
+        pairs = torch.stack([torch.stack([total, count.to(total)]) for total, count in self._sums.values()])
+        if all_ranks and idist.get_world_size() > 1:
+            pairs = idist.all_reduce(pairs)  # type: ignore[assignment]
+        return {name: float(total / count) for name, (total, count) in zip(self._sums, pairs.cpu(), strict=True)}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums = {}

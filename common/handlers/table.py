@@ -1,0 +1,203 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One row per registered pair in a CSV file, and a summary."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+
+from common.handlers.output import engine_output, is_first_rank
+
+__all__ = ["MetricsTable"]
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+_IDS = ("moving_id", "fixed_id")
+
+
+class MetricsTable:
+    """Write every pair's metrics, and over all pairs mean, standard deviation, median and count of each column.
+
+    The columns of a metric with K values are ``dice_1`` ... ``dice_K`` (named by label where labels are known) and
+    ``dice_mean``; of one with a single value just its name. A metric ``x_before`` is the one of the unregistered pair
+    and is shown before the arrow in the line that is logged: ``dice 0.601 -> 0.752, hd95 2.31, ndv 0.002``.
+    What could not be measured is ``nan`` in the table and left out of the summary.
+
+    Attach it on every rank: rows are gathered in the order of the data, pairs that a sampler repeated to fill up ranks
+    are dropped, and the first rank writes. Each run of the evaluator replaces the files.
+
+    Args:
+        output_dir: folder, made when there is something to write.
+        filename: the rows.
+        summary_filename: the summary; None writes none.
+        labels: what the K values stand for: label values in order, or a mapping from label values to names.
+        columns: the same per metric, ``{"dice": ["1", "2"]}``, such as ``MetricCollection.columns``; beats ``labels``.
+
+    Example:
+        ``MetricsTable("output", labels=[1, 2]).attach(evaluator)``
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        filename: str = "metrics.csv",
+        summary_filename: str | None = "summary.csv",
+        labels: Sequence[int | str] | Mapping[Any, str] | None = None,
+        columns: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.filename, self.summary_filename = filename, summary_filename
+        names = labels.values() if isinstance(labels, Mapping) else labels or ()
+        self.labels = tuple(str(name) for name in names)
+        self.columns = {name: tuple(values) for name, values in (columns or {}).items()}
+        self.rows: list[Row] = []
+        self.summary: dict[str, dict[str, float]] = {}
+        self._local: list[Row] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Follow an evaluator."""
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: self._local.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+
+    def _collect(self, engine: Engine) -> None:
+        output = engine_output(engine)
+        metrics: dict[str, Tensor] = {name: torch.as_tensor(v).detach() for name, v in output["metrics"].items()}
+        values = {name: value.reshape(len(value), -1).double().cpu() for name, value in metrics.items()}
+        count = max((len(value) for value in values.values()), default=0)
+        for item in range(count):
+            row: Row = {key: str(output[key][item]) if output.get(key) is not None else "" for key in _IDS}
+            for name, value in values.items():
+                row.update(self._named(name, value[item].tolist()))
+            self._local.append(row)
+
+    def _named(self, name: str, values: Sequence[float]) -> Row:
+        if len(values) == 1:
+            return {name: values[0]}
+        given = self.columns.get(name, self.labels)
+        columns = given if len(given) == len(values) else tuple(str(k) for k in range(1, len(values) + 1))
+        present = [value for value in values if not math.isnan(value)]
+        mean = sum(present) / len(present) if present else math.nan
+        named = {f"{name}_{column}": value for column, value in zip(columns, values, strict=True)}
+        return {**named, f"{name}_mean": mean}
+
+    def _finish(self, engine: Engine) -> None:
+        self.rows = _gather(self._local)
+        if not is_first_rank() or not self.rows:
+            return
+        self.summary = _summarise(self.rows)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        _write(self.output_dir / self.filename, columns, self.rows)
+        if self.summary_filename:
+            lines = [{"metric": name, **values} for name, values in self.summary.items()]
+            _write(self.output_dir / self.summary_filename, ["metric", *_STATISTICS], lines)
+        logger.info("%d pairs: %s", len(self.rows), self.line())
+
+    def line(self) -> str:
+        """The summary in one line."""
+        names = [name for name in self.summary if not _per_label(name, self.summary)]
+        parts = []
+        for name in names:
+            short = name.removesuffix("_mean")
+            if short.endswith("_before") and _counterpart(name) in self.summary:
+                continue
+            before = [n for n in names if n != name and _counterpart(n) == name]
+            start = f"{_number(self.summary[before[0]]['mean'])} -> " if before else ""
+            parts.append(f"{short} {start}{_number(self.summary[name]['mean'])}")
+        return ", ".join(parts)
+
+
+_STATISTICS = ("mean", "std", "median", "min", "max", "count")
+
+
+def _counterpart(name: str) -> str:
+    """``dice_before_mean`` to ``dice_mean``; other names as they are."""
+    return name.replace("_before", "", 1) if name.removesuffix("_mean").endswith("_before") else name
+
+
+def _per_label(name: str, names: Mapping[str, Any]) -> bool:
+    """Whether a column is one of several of a metric that has a mean column too."""
+    return not name.endswith("_mean") and any(
+        other.endswith("_mean") and name.startswith(other.removesuffix("mean")) and _same_stage(name, other)
+        for other in names
+    )
+
+
+def _same_stage(name: str, other: str) -> bool:
+    return ("_before" in name) == ("_before" in other)
+
+
+def _gather(rows: list[Row]) -> list[Row]:
+    """All ranks' rows in the order of the data (samplers deal items out in turn), without repeated pairs."""
+    if idist.get_world_size() == 1:
+        return list(rows)
+    ranks: list[Any] = [None] * idist.get_world_size()
+    torch.distributed.all_gather_object(ranks, rows)
+    merged = [row for turn in itertools.zip_longest(*ranks) for row in turn if row is not None]
+    seen: dict[Any, Row] = {}
+    for index, row in enumerate(merged):
+        pair = tuple(row[key] for key in _IDS)
+        seen.setdefault(pair if all(pair) else index, row)
+    return list(seen.values())
+
+
+def _summarise(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    names = list(dict.fromkeys(key for row in rows for key in row if key not in _IDS))
+    summary = {}
+    for name in names:
+        values = torch.tensor(
+            [row[name] for row in rows if not math.isnan(row.get(name, math.nan))], dtype=torch.float64
+        )
+        summary[name] = _statistics(values)
+    return summary
+
+
+def _statistics(values: Tensor) -> dict[str, float]:
+    if len(values) == 0:
+        return {name: 0 if name == "count" else math.nan for name in _STATISTICS}
+    spread = float(values.std(unbiased=True)) if len(values) > 1 else math.nan
+    middle = float(values.quantile(0.5)) if bool(values.isfinite().all()) else float(values.median())
+    return {
+        "mean": float(values.mean()),
+        "std": spread,
+        "median": middle,
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "count": len(values),
+    }
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+
+
+def _write(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """Write a CSV that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, restval="nan", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([{k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    os.replace(temporary, path)
