@@ -59,8 +59,8 @@ def merge_windows(windows: Tensor, window: Sequence[int], size: Sequence[int]) -
 def shift_mask(size: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:
     """Which tokens of a shifted window may see each other, as an additive mask: 0, or -100 where they may not.
 
-    After the cyclic roll a window at the end of an axis holds tokens from both ends of the image. Tokens are labelled by
-    where they come from, and only those with the same label meet.
+    After the cyclic roll a window at the end of an axis holds tokens from both ends of the image. Tokens are labelled
+    by where they come from, and only those with the same label meet.
 
     Args:
         size: padded size of the feature map, multiples of the window.
@@ -216,8 +216,8 @@ class SwinEncoder(Encoder):
     """TransMorph's Swin encoder of a concatenated pair.
 
     Level ``i`` has ``embed_dim * 2**i`` channels at stride ``patch_size * 2**i``; it is taken before the patch merging
-    and passes its own LayerNorm. Any image size runs: the image is padded to whole patches, maps to whole windows and to
-    even sizes before merging.
+    and passes its own LayerNorm. Any image size runs: the image is padded to whole patches, maps to whole windows and
+    to even sizes before merging.
 
     Args:
         spatial_dims: 2 or 3.

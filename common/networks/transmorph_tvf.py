@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -72,14 +73,14 @@ class PyramidDecoder(nn.Module):
         below = max(0, (encoder.strides[0] // 2).bit_length() - 1)
         image_skips = [max(channels[0] // 2 ** (k + 1), 8) for k in range(below)]
         widths = [*reversed(channels), *image_skips]
-        self.up = nn.ModuleList(UpStage(dims, a, b, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.up = nn.ModuleList(UpStage(dims, a, b, b) for a, b in pairwise(widths))
         self.image_units = nn.ModuleList(ConvUnit(dims, image_channels, c, norm=norm) for c in image_skips)
         self.out_channels = widths[-1]
 
     def forward(self, image: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Pair (B, 2C, *S) and its maps, fine to coarse, to (B, out_channels, *S / 2)."""
         pool = F.avg_pool2d if image.ndim == 4 else F.avg_pool3d
-        pooled = []
+        pooled: list[Tensor] = []
         for unit in reversed(self.image_units):
             image = pool(image, 3, 2, 1)
             pooled.insert(0, unit(image))
@@ -104,10 +105,6 @@ class _Step(nn.Module):
         return self.head(features), features
 
 
-def _self_warped(total: Tensor, step: Tensor, padding: str) -> Tensor:
-    return total + warp(step, step, padding=padding)
-
-
 class TimeSteps(nn.Module):
     """Refine a field over ``steps`` time steps, each of which sees the moving image as warped so far.
 
@@ -117,11 +114,11 @@ class TimeSteps(nn.Module):
     - "composition", not diffeomorphic: phi_t = phi_(t-1) o (id + v_t). In both, v_t is seen on the fixed grid (the
       moved image lies there), so it is the inner transformation.
     - "addition": w_t = w_(t-1) + v_t, a velocity with phi_t = exp(w_t) or, not diffeomorphic, a displacement.
-    - "self_warped": w_t = w_(t-1) + v_t o (id + v_t), and if diffeomorphic ddf = exp(w_T), while inside the loop w_t is a
-      displacement. This is the rule that the TransMorphSPR weights were trained with; it mixes the two readings of w.
+    - "self_warped": w_t = w_(t-1) + v_t o (id + v_t), and if diffeomorphic ddf = exp(w_T), while inside the loop w_t is
+      a displacement. TransMorphSPR's published weights were trained with this rule; it mixes the two readings of w.
 
     Args:
-        encoder: gives the number of axes; it is not kept.
+        spatial_dims: 2 or 3.
         image_channels: channels of cat(moving, fixed).
         context_channels: channels of the decoder's output.
         steps: number of time steps.
@@ -134,7 +131,7 @@ class TimeSteps(nn.Module):
         use_checkpoint: recompute the steps in the backward pass to save memory.
 
     Raises:
-        ValueError: on an unknown update.
+        ValueError: on an unknown update or fewer than one step.
     """
 
     updates = ("composition", "addition", "self_warped")
@@ -174,7 +171,7 @@ class TimeSteps(nn.Module):
         if self.update == "addition":
             return total + step
         if self.update == "self_warped":
-            return _self_warped(total, step, self.padding)
+            return total + warp(step, step, padding=self.padding)
         return compose(total, self._exp(step) if self.diffeomorphic else step, padding=self.padding)
 
     def _displacement(self, total: Tensor) -> Tensor:
@@ -210,8 +207,8 @@ class TransMorphTVF(RegistrationNetwork):
 
     With the base Swin encoder and twelve steps this is the network that the pretraining paper fine-tunes (arXiv
     2505.24167): decoder 384-192-96-48, sixteen channels a step. Differences by default: instead of batch normalisation
-    at batch size one there is instance normalisation, and an accumulated displacement is not exponentiated a second time
-    (see ``TimeSteps``).
+    at batch size one there is instance normalisation, and an accumulated displacement is not exponentiated a second
+    time (see ``TimeSteps``).
 
     ``fields`` gives "ddf", "features" (the sum of the step features, on the network's grid, which a further head may
     read) and, where the transformation is the exponential of one velocity, "velocity" on the image grid. Everything but

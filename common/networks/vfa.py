@@ -23,10 +23,9 @@ __all__ = ["VFAEncoder"]
 
 
 def _double(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
-    options = {"norm": "instance_affine", "bias": True}
     return nn.Sequential(
-        ConvUnit(spatial_dims, in_channels, out_channels, **options),
-        ConvUnit(spatial_dims, out_channels, out_channels, **options),
+        ConvUnit(spatial_dims, in_channels, out_channels, norm="instance_affine", bias=True),
+        ConvUnit(spatial_dims, out_channels, out_channels, norm="instance_affine", bias=True),
     )
 
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,9 +52,7 @@ class VoxelMorphEncoder(Encoder):
         self.strides = tuple(2 ** (i + 1) for i in range(len(channels)))
         widths = [in_channels, *channels]
         conv = Conv[Conv.CONV, spatial_dims]
-        self.convs = nn.ModuleList(
-            conv(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.convs = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Pair (B, in_channels, *S) to maps at strides 2, 4, ..."""
@@ -67,15 +66,15 @@ class VoxelMorphEncoder(Encoder):
 class VoxelMorphUNet(nn.Module):
     """VoxelMorph's U-Net: from a pair to features on the image grid.
 
-    Encoder as ``VoxelMorphEncoder``; a decoder of convolution, nearest-neighbour doubling and skip; then convolutions at
-    full resolution, the first of which also sees the images.
+    Encoder as ``VoxelMorphEncoder``; a decoder of convolution, nearest-neighbour doubling and skip; then convolutions
+    at full resolution, the first of which also sees the images.
 
     Args:
         spatial_dims: 2 or 3.
         in_channels: channels of cat(moving, fixed).
         encoder_channels: channels of the down-arm, fine to coarse.
-        decoder_channels: channels of the up-arm, coarse to fine, one more convolution than that runs at full resolution
-            for each number beyond the length of ``encoder_channels``.
+        decoder_channels: channels of the convolutions of the up-arm, coarse to fine, as many as the down-arm has, and
+            then of those at full resolution.
 
     Raises:
         ValueError: when the up-arm has no convolution at full resolution.

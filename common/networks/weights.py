@@ -49,8 +49,8 @@ def _resample_table(table: Tensor, size: tuple[int, ...]) -> Tensor:
 def interpolate_bias_tables(state_dict: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
     """Fit the relative position bias tables of a state dict to the windows of an encoder.
 
-    A table is a function of the offset between two tokens over [-(w-1), w-1] along each axis; it is stretched to the new
-    window by linear interpolation. Tables of the right size come back as they are.
+    A table is a function of the offset between two tokens over [-(w-1), w-1] along each axis; it is stretched to the
+    new window by linear interpolation. Tables of the right size come back as they are.
 
     Args:
         state_dict: weights under the encoder's own names.

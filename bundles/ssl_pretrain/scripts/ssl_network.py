@@ -38,9 +38,9 @@ __all__ = ["SSLRegistration"]
 class SSLRegistration(RegistrationNetwork):
     """Encoder and multi-level head, from a pair to a displacement field.
 
-    ``fields`` gives "ddf" on the image grid and "stats", the list of (mean, logvar) of every level, fine to coarse, with
-    the ensemble last, on the head's grid: what the Kullback-Leibler term takes. In training the ddf is a sample, in
-    evaluation the mean. The field is a plain displacement, as published: no integration.
+    ``fields`` gives "ddf" on the image grid and "stats", the list of (mean, logvar) of every level, fine to coarse,
+    with the ensemble last, on the head's grid: what the Kullback-Leibler term takes. In training the ddf is a sample,
+    in evaluation the mean. The field is a plain displacement, as published: no integration.
 
     Args:
         encoder: an encoder, or the name of one for ``build_encoder``.
