@@ -17,7 +17,6 @@ import math
 import os
 import pickle
 import random
-import tempfile
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -31,7 +30,14 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from common.handlers.output import RunningMeans, engine_output, is_first_rank, measurements
+from common.handlers.output import (
+    RunningMeans,
+    engine_output,
+    gather_objects,
+    is_first_rank,
+    measurements,
+    replacing,
+)
 
 __all__ = ["SafeCheckpoint", "CheckpointError", "save_checkpoint", "load_checkpoint", "resume_from", "unwrap"]
 
@@ -69,18 +75,10 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     plain = _plain(content, path.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            torch.save(plain, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets nobody else read it
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, open(temporary, "wb") as stream:
+        torch.save(plain, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def load_checkpoint(
@@ -178,6 +176,8 @@ class SafeCheckpoint:
         key_metric: name of the metric, in the evaluator's ``state.metrics`` or else the mean in its output.
         negative: the lower the metric the better.
         interval: epochs between two ``last.pt``; there is one at the end in any case.
+        resume: a ``last.pt`` to go on from when the handler is attached; True takes the one in ``save_dir`` if there
+            is one and otherwise starts afresh.
 
     Raises:
         ValueError: when ``objects`` has no ``"model"`` or a reserved name, or an evaluator but no metric is given.
@@ -194,6 +194,7 @@ class SafeCheckpoint:
         key_metric: str | None = None,
         negative: bool = False,
         interval: int = 1,
+        resume: str | Path | bool | None = None,
     ) -> None:
         if "model" not in objects or set(objects) & set(_RESERVED):
             raise ValueError(f"objects must have 'model' and none of {_RESERVED}, got {list(objects)}")
@@ -205,6 +206,8 @@ class SafeCheckpoint:
         self.objects = dict(objects)
         self.evaluator, self.key_metric, self.negative = evaluator, key_metric, negative
         self.interval = interval
+        self.resume = self.save_dir / "last.pt" if resume is True else resume or None
+        self._resume_if_there = resume is True
         self.best: float | None = None
         self.best_epoch: int | None = None
         self._means = RunningMeans()
@@ -218,11 +221,13 @@ class SafeCheckpoint:
             self.evaluator.add_event_handler(Events.EPOCH_STARTED, lambda: self._means.reset())
             self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
             self.evaluator.add_event_handler(Events.COMPLETED, self._validated)
+        if self.resume is not None and not (self._resume_if_there and not Path(self.resume).is_file()):
+            resume_from(self.resume, trainer, self.objects, self)
 
     def _started(self, trainer: Engine) -> None:
         if not trainer.has_event_handler(self._epoch_completed):
             trainer.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self._epoch_completed)
-            trainer.add_event_handler(Events.COMPLETED, self._epoch_completed)
+            trainer.add_event_handler(Events.COMPLETED, self._completed)
 
     def _measure(self, evaluator: Engine) -> None:
         self._means.update(measurements(engine_output(evaluator)))
@@ -237,20 +242,23 @@ class SafeCheckpoint:
             logger.info("model.pt: best %s so far, %.5g, epoch %d", self.key_metric, value, evaluator.state.epoch)
 
     def _key_value(self, evaluator: Engine) -> float:
-        values = self._means.compute(all_ranks=True)
-        values.update({k: float(v) for k, v in evaluator.state.metrics.items() if isinstance(v, float | int | Tensor)})
+        values = {**self._means.compute(all_ranks=True), **evaluator.state.metrics}
         if self.key_metric not in values:
             raise KeyError(f"the key metric '{self.key_metric}' is not among the evaluator's {sorted(values)}")
-        return values[self.key_metric]
+        return float(values[self.key_metric])
 
     def _better(self, value: float) -> bool:
         if self.best is None:
             return True
         return value < self.best if self.negative else value > self.best
 
+    def _completed(self, trainer: Engine) -> None:
+        # A run that was stopped within an epoch goes on from the end of the one before.
+        whole = trainer.state.iteration == trainer.state.epoch * (trainer.state.epoch_length or 0)
+        if whole and self._saved_epoch != trainer.state.epoch:
+            self._epoch_completed(trainer)
+
     def _epoch_completed(self, trainer: Engine) -> None:
-        if self._saved_epoch == trainer.state.epoch:
-            return
         self._saved_epoch = trainer.state.epoch
         content = self.content(trainer)
         if is_first_rank():
@@ -345,12 +353,7 @@ def _random_state() -> dict[str, Any]:
 
 
 def _all_random_states() -> list[dict[str, Any]]:
-    state = _random_state()
-    if idist.get_world_size() == 1:
-        return [state]
-    states: list[Any] = [None] * idist.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states
+    return gather_objects(_random_state())
 
 
 def _restore_random(states: list[dict[str, Any]]) -> None:
@@ -384,9 +387,3 @@ def _at_start(trainer: Engine, content: Mapping[str, Any]) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -300,15 +300,8 @@ def _furnish(figure: Figure, axes: Any, mappables: dict[str, Any], title: str | 
         figure.suptitle(title, color="white", fontsize=11)
     if labelled:
         lines = [
-            Line2D([], [], color="0.8", linestyle=style, label=name)
-            for style, name in (("-", "moved"), ("--", "fixed"))
+            Line2D([], [], color="0.8", linestyle="-", label="moved"),
+            Line2D([], [], color="0.8", linestyle="--", label="fixed"),
         ]
-        axes[-1][2].legend(
-            handles=lines,
-            loc="upper center",
-            bbox_to_anchor=(0.5, 0.0),
-            ncols=2,
-            fontsize=7,
-            frameon=False,
-            labelcolor="0.8",
-        )
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
+        axes[-1][2].legend(handles=lines, ncols=2, fontsize=7, frameon=False, labelcolor="0.8", **place)

@@ -12,7 +12,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -20,7 +24,7 @@ import torch
 from ignite.engine import Engine
 from torch import Tensor
 
-__all__ = ["engine_output", "measurements", "RunningMeans", "is_first_rank"]
+__all__ = ["RunningMeans", "engine_output", "gather_objects", "is_first_rank", "measurements", "replacing"]
 
 
 def is_first_rank() -> bool:
@@ -70,14 +74,40 @@ class RunningMeans:
             self._sums[name] = new if old is None else (old[0] + new[0], old[1] + new[1])
 
     def compute(self, *, all_ranks: bool = False) -> dict[str, float]:
-        """The means; with ``all_ranks`` over all processes, each of which must then call this with the same names."""
-        if not self._sums:
-            return {}
-        pairs = torch.stack([torch.stack([total, count.to(total)]) for total, count in self._sums.values()])
-        if all_ranks and idist.get_world_size() > 1:
-            pairs = idist.all_reduce(pairs)  # type: ignore[assignment]
-        return {name: float(total / count) for name, (total, count) in zip(self._sums, pairs.cpu(), strict=True)}
+        """The means; with ``all_ranks`` over all processes, each of which must then call this."""
+        sums = {name: (float(total), int(count)) for name, (total, count) in self._sums.items()}
+        if all_ranks:
+            sums = _add_up(gather_objects(sums))
+        return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
 
     def reset(self) -> None:
         """Forget everything."""
         self._sums = {}
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A plain value of every rank, in the order of ranks; all must call this at the same time."""
+    if idist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * idist.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _add_up(ranks: list[dict[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """Ranks need not have the same names: one may have had no pair with labels."""
+    names = dict.fromkeys(name for sums in ranks for name in sums)
+    nothing = (0.0, 0)
+    return {name: tuple(map(sum, zip(*(sums.get(name, nothing) for sums in ranks), strict=True))) for name in names}  # type: ignore[misc]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes ``path`` when the block ends well, so that no reader meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

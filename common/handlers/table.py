@@ -16,7 +16,6 @@ import csv
 import itertools
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from common.handlers.output import engine_output, is_first_rank
+from common.handlers.output import engine_output, gather_objects, is_first_rank, replacing
 
 __all__ = ["MetricsTable"]
 
@@ -107,7 +106,6 @@ class MetricsTable:
         if not is_first_rank() or not self.rows:
             return
         self.summary = _summarise(self.rows)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         _write(self.output_dir / self.filename, columns, self.rows)
         if self.summary_filename:
@@ -153,8 +151,7 @@ def _gather(rows: list[Row]) -> list[Row]:
     """All ranks' rows in the order of the data (samplers deal items out in turn), without repeated pairs."""
     if idist.get_world_size() == 1:
         return list(rows)
-    ranks: list[Any] = [None] * idist.get_world_size()
-    torch.distributed.all_gather_object(ranks, rows)
+    ranks = gather_objects(rows)
     merged = [row for turn in itertools.zip_longest(*ranks) for row in turn if row is not None]
     seen: dict[Any, Row] = {}
     for index, row in enumerate(merged):
@@ -194,10 +191,7 @@ def _number(value: float) -> str:
 
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Write a CSV that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", newline="", encoding="utf-8") as stream:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns, restval="nan", lineterminator="\n")
         writer.writeheader()
         writer.writerows([{k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
-    os.replace(temporary, path)

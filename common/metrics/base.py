@@ -18,6 +18,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from monai.metrics import CumulativeIterationMetric
+from monai.utils import evenly_divisible_all_gather
 from torch import Tensor
 
 __all__ = ["RegistrationMetric", "DEFINITIONS", "check_definition", "per_item_spacing", "nan_mean"]
@@ -81,6 +82,8 @@ class RegistrationMetric(CumulativeIterationMetric):
     """
 
     columns: tuple[str, ...] = ("",)
+    _buffers: list[list[Tensor]] | None
+    _synced: bool
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:  # type: ignore[override]
         """Measure a batch and keep its rows.
@@ -112,16 +115,11 @@ class RegistrationMetric(CumulativeIterationMetric):
         if self._buffers is None and not self._synced and idist.get_world_size() > 1:
             self._buffers = [[]]
         if self._buffers == [[]]:
-            self._synced_tensors = [_gather(torch.zeros((0, len(self.columns)), device=idist.device()))]
+            nothing = torch.zeros((0, len(self.columns)), device=idist.device())
+            self._synced_tensors = [evenly_divisible_all_gather(nothing, concat=True)]
             self._synced = True
             return
         super()._sync()
-
-
-def _gather(rows: Tensor) -> Tensor:
-    from monai.utils import evenly_divisible_all_gather
-
-    return evenly_divisible_all_gather(rows, concat=True)
 
 
 def _as_batch(value: Any) -> Any:
