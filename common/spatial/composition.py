@@ -12,10 +12,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from common.spatial.grid import as_field, check_batch
-from common.spatial.sampling import sample_linear
+from common.spatial.sampling import padding_code, sample_backward, sample_forward, sample_linear, sampler_grid
 
 __all__ = ["compose", "integrate"]
 
@@ -27,22 +31,23 @@ def integrate(velocity: Tensor, steps: int = 7, *, padding: str = "border") -> T
 
     Args:
         velocity: (B, d, *S), voxels a unit of time.
-        steps: squarings; 0 returns the velocity. The first step is ``velocity / 2**steps``.
+        steps: squarings; 0 returns the velocity. The first displacement is ``velocity / 2**steps``.
         padding: of the field outside the grid: ``"border"`` goes on as at the border; ``"zeros"`` stands still there,
             which shrinks what flows in.
 
     Returns:
-        the field (B, d, *S), float32.
+        the field (B, d, *S), float32 (float64 if the velocity is). ``integrate(-velocity)`` is its inverse, nearly.
 
     Raises:
-        ValueError: when ``velocity`` is no field or ``steps`` is negative.
+        ValueError: when ``velocity`` is no field, ``steps`` is negative or the padding unknown.
     """
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
-    ddf = as_field(velocity, "velocity") / 2**steps
-    for _ in range(steps):
-        ddf = ddf + sample_linear(ddf, ddf, padding)
-    return ddf
+    velocity, code = as_field(velocity, "velocity"), padding_code(padding)
+    if torch.is_grad_enabled() and velocity.requires_grad:
+        result: Tensor = _ScalingAndSquaring.apply(velocity, steps, code)
+        return result
+    return _square(velocity / 2**steps, steps, code)
 
 
 def compose(outer: Tensor, inner: Tensor, *, padding: str = "border") -> Tensor:
@@ -56,13 +61,46 @@ def compose(outer: Tensor, inner: Tensor, *, padding: str = "border") -> Tensor:
         padding: of ``outer`` outside its grid, ``"border"`` or ``"zeros"``.
 
     Returns:
-        (B, d, *Si), float32.
+        (B, d, *Si), float32 (float64 if either field is).
 
     Raises:
         ValueError: when the shapes disagree; it names both.
     """
     outer, inner = as_field(outer, "outer"), as_field(inner, "inner")
     check_batch(outer, inner, "outer")
-    if outer.dtype != inner.dtype:
-        outer, inner = outer.double(), inner.double()
-    return inner + sample_linear(outer, inner, padding)
+    dtype = torch.promote_types(outer.dtype, inner.dtype)
+    inner = inner.to(dtype)
+    return inner + sample_linear(outer.to(dtype), inner, padding)
+
+
+def _square(ddf: Tensor, steps: int, code: int, kept: list[Tensor] | None = None) -> Tensor:
+    """Compose a field with itself ``steps`` times; ``kept`` collects every field but the last."""
+    for _ in range(steps):
+        if kept is not None:
+            kept.append(ddf)
+        ddf = sample_forward(ddf, sampler_grid(ddf, ddf.shape[2:]), code).add_(ddf)
+    return ddf
+
+
+class _ScalingAndSquaring(torch.autograd.Function):
+    """:func:`integrate` that keeps one field a step, and adds the three gradients of a step up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, velocity: Tensor, steps: int, code: int) -> Tensor:
+        kept: list[Tensor] = []
+        result = _square(velocity / 2**steps, steps, code, kept)
+        ctx.save_for_backward(*kept)
+        ctx.steps, ctx.code = steps, code
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        for ddf in reversed(ctx.saved_tensors):
+            size = ddf.shape[2:]
+            total, for_grid = sample_backward(gradient, ddf, sampler_grid(ddf, size), ctx.code, (True, True))
+            total.add_(gradient)
+            for axis, count in enumerate(size):
+                total[:, axis].add_(for_grid[..., len(size) - 1 - axis], alpha=2.0 / count)
+            gradient = total
+        return gradient / 2**ctx.steps, None, None

@@ -13,17 +13,21 @@
 PyTorch's sampler wants normalised, channels-last, reversed coordinates. They are written here in one pass an axis, in
 the ``align_corners=False`` normalisation: for voxel displacements both give the same positions, but this one is defined
 on axes of size 1 too. The coordinates are rebuilt in the backward pass, so nothing but the image and the field is kept.
+
+On the CPU PyTorch's sampler shares its work between threads by batch item only. A batch with fewer items than threads
+is therefore handed over as parts of the output, each an item that looks into the same image.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["PADDING", "sample_linear"]
+__all__ = ["PADDING", "padding_code", "sample_backward", "sample_forward", "sample_linear", "sampler_grid"]
 
 #: Padding names and the sampler's codes for them.
 PADDING = {"zeros": 0, "border": 1}
@@ -55,10 +59,10 @@ def sample_linear(image: Tensor, ddf: Tensor, padding: str) -> Tensor:
     if torch.is_grad_enabled() and (image.requires_grad or ddf.requires_grad):
         result: Tensor = _SampleLinear.apply(image, ddf, code)
         return result
-    return _sample(image, sampler_grid(ddf, image.shape[2:]), code)
+    return sample_forward(image, sampler_grid(ddf, image.shape[2:]), code)
 
 
-def sampler_grid(ddf: Tensor, size: torch.Size) -> Tensor:
+def sampler_grid(ddf: Tensor, size: Sequence[int]) -> Tensor:
     """Coordinates of ``x + ddf(x)`` for PyTorch's sampler: (B, *Sf, d), last axis first, the faces at -1 and 1."""
     dims = ddf.shape[1]
     grid = ddf.new_empty((ddf.shape[0], *ddf.shape[2:], dims))
@@ -67,34 +71,63 @@ def sampler_grid(ddf: Tensor, size: torch.Size) -> Tensor:
         # In float64: the rounding of these few numbers would be seen in every voxel.
         positions = (2.0 * torch.arange(count, dtype=torch.float64, device=ddf.device) + 1.0) / size[axis] - 1.0
         positions = positions.to(ddf.dtype).view([-1 if k == axis else 1 for k in range(dims)])
-        grid[..., dims - 1 - axis] = torch.add(positions, ddf[:, axis], alpha=2.0 / size[axis])
+        torch.add(positions, ddf[:, axis], alpha=2.0 / size[axis], out=grid[..., dims - 1 - axis])
     return grid
 
 
-def _sample(image: Tensor, grid: Tensor, code: int) -> Tensor:
-    """PyTorch's linear sampler for 2-D and 3-D."""
+def sample_forward(image: Tensor, grid: Tensor, code: int) -> Tensor:
+    """PyTorch's linear sampler for 2-D and 3-D: image (B, C, *Sm) at grid (B, *Sf, d). Not to be differentiated."""
     sampler = torch.grid_sampler_2d if grid.shape[-1] == 2 else torch.grid_sampler_3d
-    return sampler(image, grid, 0, code, False)
+    parts = _parts(grid, max_parts=1024)
+    if parts == 1:
+        return sampler(image, grid, 0, code, False)
+    moved = []
+    for item in range(len(grid)):
+        folded = _fold(grid[item], parts)
+        result = sampler(image[item].expand(parts, *image.shape[1:]), folded, 0, code, False)
+        moved.append(result.transpose(0, 1).reshape(1, image.shape[1], *grid.shape[1:-1]))
+    return moved[0] if len(moved) == 1 else torch.cat(moved)
 
 
-def _sample_backward(
+def sample_backward(
     gradient: Tensor, image: Tensor, grid: Tensor, code: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`_sample` in image and grid; what is not wanted is not computed."""
+    """Gradients of :func:`sample_forward` in image and grid; what is not wanted is not computed (and undefined)."""
     operators = torch.ops.aten
     backward = operators.grid_sampler_2d_backward if grid.shape[-1] == 2 else operators.grid_sampler_3d_backward
-    gradients: tuple[Tensor, Tensor] = backward(gradient, image, grid, 0, code, False, list(wanted))
-    return gradients
+    # Each part adds up an image gradient of its own: as many copies as there are parts.
+    parts = _parts(grid, max_parts=8 if wanted[0] else 1024)
+    if parts == 1:
+        for_image, for_grid = backward(gradient, image, grid, 0, code, False, list(wanted))
+        return for_image, for_grid
+    images, grids = [], []
+    for item in range(len(grid)):
+        folded = _fold(grid[item], parts)
+        arrived = gradient[item].reshape(image.shape[1], parts, *folded.shape[1:-1]).transpose(0, 1)
+        held = image[item].expand(parts, *image.shape[1:])
+        for_image, for_grid = backward(arrived, held, folded, 0, code, False, list(wanted))
+        images.append(for_image.sum(0, keepdim=True) if wanted[0] else for_image)
+        grids.append(for_grid.view(1, *grid.shape[1:]) if wanted[1] else for_grid)
+    if len(grid) == 1:
+        return images[0], grids[0]
+    return torch.cat(images) if wanted[0] else images[0], torch.cat(grids) if wanted[1] else grids[0]
 
 
-def _to_ddf(grid_gradient: Tensor, size: torch.Size) -> Tensor:
-    """Gradient in the sampler's coordinates (B, *S, d) to gradient in the field (B, d, *S)."""
-    dims = grid_gradient.shape[-1]
-    result = grid_gradient.new_empty((grid_gradient.shape[0], dims, *grid_gradient.shape[1:-1]))
-    for axis in range(dims):
-        result[:, axis] = grid_gradient[..., dims - 1 - axis]
-        result[:, axis] *= 2.0 / size[axis]
-    return result
+def _parts(grid: Tensor, max_parts: int) -> int:
+    """Into how many equal parts to cut each item's rows to occupy every thread: 1 on other devices than the CPU."""
+    threads = torch.get_num_threads()
+    if grid.device.type != "cpu" or len(grid) >= threads or torch.jit.is_tracing():
+        return 1
+    rows = grid[0, ..., 0, 0].numel()
+    # The smallest number that keeps all threads busy and divides the rows; small grids are not worth the parting.
+    wanted = range(threads, min(max_parts, rows // 64) + 1)
+    return next((parts for parts in wanted if rows % parts == 0), 1)
+
+
+def _fold(grid: Tensor, parts: int) -> Tensor:
+    """Cut the rows of one item's grid (*S, d) in parts: (parts, rows, S[-1], 2) or (parts, rows, 1, S[-1], 3)."""
+    row = (1,) * (grid.dim() - 3) + tuple(grid.shape[-2:])
+    return grid.reshape(parts, -1, *row)
 
 
 class _SampleLinear(torch.autograd.Function):
@@ -104,13 +137,17 @@ class _SampleLinear(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, ddf: Tensor, code: int) -> Tensor:
         ctx.save_for_backward(image, ddf)
         ctx.code = code
-        return _sample(image, sampler_grid(ddf, image.shape[2:]), code)
+        return sample_forward(image, sampler_grid(ddf, image.shape[2:]), code)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         image, ddf = ctx.saved_tensors
-        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        grid = sampler_grid(ddf, image.shape[2:])
-        for_image, for_grid = _sample_backward(gradient, image, grid, ctx.code, wanted)
-        return for_image if wanted[0] else None, _to_ddf(for_grid, image.shape[2:]) if wanted[1] else None, None
+        size, wanted = image.shape[2:], (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        for_image, for_grid = sample_backward(gradient, image, sampler_grid(ddf, size), ctx.code, wanted)
+        for_ddf = None
+        if wanted[1]:
+            for_ddf = torch.empty_like(ddf, memory_format=torch.contiguous_format)
+            for axis, count in enumerate(size):
+                torch.mul(for_grid[..., len(size) - 1 - axis], 2.0 / count, out=for_ddf[:, axis])
+        return for_image if wanted[0] else None, for_ddf, None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.spatial.affine import affine_to_ddf
-from common.spatial.warp import warp
+from common.spatial.warping import warp
 
 __all__ = ["field_on_grid"]
 
