@@ -12,40 +12,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap, TwoSlopeNorm
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import apply_orientation, io_orientation
 from numpy.typing import NDArray
 from torch import Tensor
 
 from common.spatial import jacobian_determinant
 
-__all__ = ["registration_figure", "figure_to_array", "LABEL_COLOURS", "FOLD_COLOUR"]
+__all__ = ["FOLD_COLOUR", "GRID_COLOUR", "LABEL_COLOURS", "figure_to_array", "registration_figure"]
 
 Array = NDArray[Any]
 
-# Distinct on grey and none of them the red of a fold.
+# Distinct on grey, and none of them the red of a fold.
 LABEL_COLOURS = ("#ffd92f", "#4cc9f0", "#7bd389", "#f78fb3", "#b39ddb", "#ffb074", "#e8e8e8", "#00b4a0")
 FOLD_COLOUR = "#ff0000"
-_COLUMNS = ("moving", "fixed", "moved", "before", "after", "grid", "jacobian")
-_TITLES = ("moving", "fixed", "moved", "|moving − fixed|", "|moved − fixed|", "moving's grid, warped", "log det J")
+GRID_COLOUR = "#4cc9f0"
+
+# Dark where nothing changes, so that the panel does not outshine the images beside it.
+_JACOBIAN_COLOURS = LinearSegmentedColormap.from_list(
+    "shrink_grow", ["#d9b3ff", "#8040c0", "#141414", "#1f9e57", "#a6f5c4"]
+)
+_TITLES = {
+    "moving": "moving",
+    "fixed": "fixed",
+    "moved": "moved",
+    "before": "|moving − fixed|",
+    "after": "|moved − fixed|",
+    "grid": "warped grid",
+    "jacobian": "log det J",
+}
+_PLANE_NAMES = ("sagittal", "coronal", "axial")
+# What lies at the left, right, bottom and top of each plane, seen as radiologists do: the patient's right on the left.
+_PLANE_SIDES = (("A", "P", "I", "S"), ("R", "L", "I", "S"), ("R", "L", "P", "A"))
+
+# Inches.
+_WIDTH, _GAP, _LEFT, _HEAD, _TITLE, _FOOT = 2.1, 0.06, 0.32, 0.28, 0.32, 0.62
 
 
-class _Volumes(NamedTuple):
-    """Everything that is drawn, as numpy arrays on the fixed grid."""
+@dataclass(frozen=True)
+class _Slice:
+    """One slice of everything that is drawn: arrays (rows up, columns right)."""
 
     images: dict[str, Array]
     labels: dict[str, Array]
-    position: Array
+    position: tuple[Array, Array]
     determinant: Array
+    millimetres: tuple[float, float]
+    name: str
+    sides: Sequence[str] | None
+
+    @property
+    def ratio(self) -> float:
+        """Height over width on paper."""
+        rows, columns = self.determinant.shape
+        return rows * self.millimetres[1] / (columns * self.millimetres[0])
+
+    def difference(self, name: str) -> Array:
+        """Absolute difference between an image and the fixed one."""
+        return np.abs(self.images[name].astype(float) - self.images["fixed"])
 
 
 def registration_figure(
@@ -59,20 +94,24 @@ def registration_figure(
     title: str | None = None,
     *,
     spacing: Any = None,
+    affine: Any = None,
 ) -> Figure:
     """Draw one registered pair.
 
     Rows are slices: the one image in 2-D, three orthogonal ones in 3-D, through the centre of the fixed labels or else
-    of the image. Array axes run right and up, as for images in RAS orientation. Columns:
+    of the image. Columns:
 
     - moving, fixed, moved. Label outlines where there are labels; on the moved image solid lines are the warped
       labels and dashed ones the fixed labels. Moving and moved share one grey scale, fixed has its own.
     - absolute difference to fixed before and after, on one scale.
     - the warped grid on the moved image. A regular grid painted onto the *moving* image is carried along by the
-      warping: the lines are where a component of ``x + ddf(x)`` takes the values 0, s, 2s, ... They are not arrows or
-      a grid pushed by ``ddf``, which would show the inverse. Displacement across the slice is not visible in it.
+      warping: the lines are where a component of ``x + ddf(x)`` takes the values 0, s, 2s, ... It is not a grid pushed
+      along ``ddf``, which would show the inverse. Displacement across the slice is not visible in it.
     - logarithm of the Jacobian determinant of ``x + ddf(x)``, positive where a fixed voxel draws from more than one
       voxel of moving, that is where moving tissue shrinks. Voxels with a determinant of 0 or less are red.
+
+    Without ``affine`` array axes run right and up. With it the slices are sagittal, coronal and axial as radiologists
+    see them, the patient's right on the left, and letters say so.
 
     Args:
         moving: (C, \\*S) or (\\*S) image, of which the first channel is drawn. When its size is not that of the fixed
@@ -82,7 +121,8 @@ def registration_figure(
         ddf: (d, \\*S) field in voxels, d = 2 or 3.
         moving_label, fixed_label, moved_label: (1, \\*S) or (\\*S) label maps.
         title: a line above all.
-        spacing: mm per axis, for the shape of the panels.
+        spacing: mm per axis, for the shape of the panels; ``affine`` beats it.
+        affine: (4, 4) voxel-to-world matrix of the fixed image, RAS mm; for 3-D.
 
     Returns:
         a figure that no pyplot state knows of; :func:`figure_to_array` gives its pixels.
@@ -90,24 +130,22 @@ def registration_figure(
     Raises:
         ValueError: when the field has another form.
     """
-    labels = {"moving": moving_label, "fixed": fixed_label, "moved": moved_label}
-    volumes = _volumes({"moving": moving, "fixed": fixed, "moved": moved}, labels, ddf)
-    dims = volumes.position.shape[0]
-    aspect = np.ones(dims) * np.asarray(1.0 if spacing is None else spacing, dtype=float)
-    planes = [None] if dims == 2 else [0, 1, 2]
-    figure, axes = _layout(volumes.determinant.shape, aspect, planes, title is not None)
-    scales = _scales(volumes)
-    centre = _centre(volumes)
-    mappables: dict[str, Any] = {}
-    for row, plane in enumerate(planes):
-        cut = _Cut(plane, centre, aspect)
-        for column, name in enumerate(_COLUMNS):
-            mappables[name] = _panel(axes[row][column], name, volumes, cut, scales)
-        axes[row][0].set_ylabel(cut.name(dims), color="0.8", fontsize=9)
-    for axis, text in zip(axes[0], _TITLES, strict=True):
-        axis.set_title(text, color="white", fontsize=10)
-    _furnish(figure, axes, mappables, title, "moved" in volumes.labels)
-    return figure
+    field = _array(ddf)
+    if field.ndim == 1 + field.shape[1] + 1 and field.shape[0] == 1:
+        field = field[0]
+    dims = field.shape[0]
+    if dims not in (2, 3) or field.ndim != dims + 1:
+        raise ValueError(f"ddf must be (d, *S) with d = 2 or 3 spatial axes, got {tuple(ddf.shape)}")
+    given = {"moving": moving_label, "fixed": fixed_label, "moved": moved_label}
+    labels = {name: _volume(label, field.shape[1:]) for name, label in given.items() if label is not None}
+    images = {"moving": moving, "fixed": fixed, "moved": moved}
+    volumes = {name: _volume(image, field.shape[1:]) for name, image in images.items()}
+    millimetres = np.ones(dims) * np.asarray(1.0 if spacing is None else spacing, dtype=float)
+    anatomical = affine is not None and dims == 3
+    if anatomical:
+        volumes, labels, field, millimetres = _to_ras(volumes, labels, field, np.asarray(affine, dtype=float))
+    slices = _slices(volumes, labels, field, millimetres, anatomical)
+    return _draw(slices, title)
 
 
 def figure_to_array(figure: Figure, dpi: int = 110) -> NDArray[np.uint8]:
@@ -122,186 +160,258 @@ def figure_to_array(figure: Figure, dpi: int = 110) -> NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-class _Cut:
-    """A slice across axis ``plane`` of a volume (None: a 2-D image), shown with array axes to the right and up."""
-
-    def __init__(self, plane: int | None, centre: Sequence[int], aspect: Array) -> None:
-        self.plane, self.centre = plane, centre
-        self.shown = [axis for axis in range(len(aspect)) if axis != plane]
-        self.aspect = float(aspect[self.shown[1]] / aspect[self.shown[0]])
-
-    def __call__(self, volume: Array) -> Array:
-        """The slice with its second array axis first, as matplotlib wants rows."""
-        flat = volume if self.plane is None else np.take(volume, self.centre[self.plane], axis=self.plane)
-        return flat.T
-
-    def name(self, dims: int) -> str:
-        if self.plane is None:
-            return ""
-        return f"axis {self.plane} = {self.centre[self.plane]}"
-
-
-def _plain(value: Tensor, dims: int, channels: bool = False) -> Array:
-    """Bring (C, \\*S), (\\*S) or (1, C, \\*S) to (\\*S), or to (C, \\*S) with ``channels``."""
+def _array(value: Tensor) -> Array:
     tensor = torch.as_tensor(value).detach().cpu()
     tensor = tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
-    if tensor.ndim == dims + 2:
-        tensor = tensor[0]
-    if tensor.ndim == dims + 1 and not channels:
-        tensor = tensor[0]
-    return tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
+    # numpy has no bfloat16
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
-def _volumes(images: dict[str, Tensor], labels: dict[str, Tensor | None], ddf: Tensor) -> _Volumes:
-    dims = ddf.shape[0] if ddf.ndim == ddf.shape[0] + 1 else ddf.shape[1]
-    if dims not in (2, 3) or ddf.ndim not in (dims + 1, dims + 2):
-        raise ValueError(f"ddf must be (d, *S) with d = 2 or 3 spatial axes, got {tuple(ddf.shape)}")
-    field = _plain(ddf, dims, channels=True)
-    shape = field.shape[1:]
-    drawn = {name: _fit(_plain(image, dims), shape) for name, image in images.items()}
-    outlined = {name: _fit(_plain(value, dims), shape) for name, value in labels.items() if value is not None}
-    determinant = jacobian_determinant(torch.from_numpy(field).double()[None])[0].numpy()
-    return _Volumes(drawn, outlined, field + np.indices(shape), determinant)
+def _volume(image: Tensor, shape: Sequence[int]) -> Array:
+    """The first channel (\\*S), cropped or extended at the far end of each axis to the shape of the fixed grid."""
+    volume = _array(image)
+    while volume.ndim > len(shape):
+        volume = volume[0]
+    volume = volume[tuple(slice(0, n) for n in shape)]
+    missing = [(0, n - have) for n, have in zip(shape, volume.shape, strict=True)]
+    return np.pad(volume, missing, mode="edge") if any(pad for _, pad in missing) else volume
 
 
-def _fit(volume: Array, shape: Sequence[int]) -> Array:
-    """Crop or extend at the far end of each axis, the last voxel going on as border padding would have it."""
-    cropped = volume[tuple(slice(0, n) for n in shape)]
-    return np.pad(cropped, [(0, n - have) for n, have in zip(shape, cropped.shape, strict=True)], mode="edge")
+def _to_ras(
+    volumes: dict[str, Array], labels: dict[str, Array], field: Array, affine: Array
+) -> tuple[dict[str, Array], dict[str, Array], Array, Array]:
+    """Turn arrays so that their axes run right, anterior, superior; the field's components turn with its axes."""
+    orientation = io_orientation(affine)
+    axes = orientation[:, 0].astype(int)
+    turned_field = np.empty((3, *(field.shape[1 + int(k)] for k in np.argsort(axes))), dtype=field.dtype)
+    for k, (axis, sign) in enumerate(orientation):
+        turned_field[int(axis)] = sign * apply_orientation(field[k], orientation)
+    turned = [{name: apply_orientation(v, orientation) for name, v in group.items()} for group in (volumes, labels)]
+    return turned[0], turned[1], turned_field, voxel_sizes(affine)[np.argsort(axes)]
 
 
-def _centre(volumes: _Volumes) -> list[int]:
-    label = volumes.labels.get("fixed")
-    if label is not None and (label > 0).any():
-        return [round(float(where.mean())) for where in np.nonzero(label > 0)]
-    return [n // 2 for n in volumes.determinant.shape]
+def _slices(
+    volumes: dict[str, Array], labels: dict[str, Array], field: Array, millimetres: Array, anatomical: bool
+) -> list[_Slice]:
+    if field.shape[0] == 2:
+        return [_slice(volumes, labels, field, millimetres, None, [], anatomical)]
+    centre = _centre(labels.get("fixed"), field.shape[1:])
+    planes = (2, 1, 0) if anatomical else (0, 1, 2)
+    return [_slice(volumes, labels, field, millimetres, plane, centre, anatomical) for plane in planes]
 
 
-def _scales(volumes: _Volumes) -> dict[str, tuple[float, float]]:
-    images = volumes.images
-    scales = {name: _window(images[name]) for name in ("moving", "fixed")}
-    scales["moved"] = scales["moving"]
-    differences = [np.abs(images[name] - images["fixed"]) for name in ("moving", "moved")]
-    top = max(float(np.percentile(d, 99.5)) for d in differences)
-    scales["before"] = scales["after"] = (0.0, top if top > 0 else 1.0)
-    positive = volumes.determinant[volumes.determinant > 0]
-    limit = float(np.percentile(np.abs(np.log(positive)), 99.5)) if positive.size else 0.0
-    scales["jacobian"] = (-max(limit, 0.1), max(limit, 0.1))
-    return scales
+def _centre(label: Array | None, shape: Sequence[int]) -> list[int]:
+    """The middle of the labels, or of the grid."""
+    if label is None or not (label > 0).any():
+        return [n // 2 for n in shape]
+    inside = label > 0
+    others = [tuple(k for k in range(len(shape)) if k != axis) for axis in range(len(shape))]
+    counts = [inside.sum(axis=other) for other in others]
+    return [round(float((np.arange(len(c)) * c).sum() / c.sum())) for c in counts]
 
 
-def _window(image: Array) -> tuple[float, float]:
-    low, high = (float(value) for value in np.percentile(image, [0.5, 99.8]))
-    return (low, high) if high > low else (low, low + 1.0)
+def _slice(
+    volumes: Mapping[str, Array],
+    labels: Mapping[str, Array],
+    field: Array,
+    millimetres: Array,
+    plane: int | None,
+    centre: Sequence[int],
+    anatomical: bool,
+) -> _Slice:
+    shown = [axis for axis in range(field.shape[0]) if axis != plane]
+
+    def cut(volume: Array) -> Array:
+        return (volume if plane is None else np.take(volume, centre[plane], axis=plane)).T
+
+    flat = [cut(field[axis]) for axis in shown]
+    columns, rows = np.arange(flat[0].shape[1]), np.arange(flat[0].shape[0])
+    name, sides = "", None
+    if plane is not None:
+        name = _PLANE_NAMES[plane] if anatomical else f"axis {plane} = {centre[plane]}"
+        sides = _PLANE_SIDES[plane] if anatomical else None
+    return _Slice(
+        images={key: cut(volume) for key, volume in volumes.items()},
+        labels={key: cut(volume) for key, volume in labels.items()},
+        position=(flat[0] + columns[None, :], flat[1] + rows[:, None]),
+        determinant=_determinant(field, plane, centre).T,
+        millimetres=(float(millimetres[shown[0]]), float(millimetres[shown[1]])),
+        name=name,
+        sides=sides,
+    )
 
 
-def _layout(shape: Sequence[int], aspect: Array, planes: Sequence[int | None], titled: bool) -> tuple[Figure, Any]:
-    """Rows as high as their slices are, for columns of one width."""
-    size = np.asarray(shape) * aspect
-    ratios = []
-    for plane in planes:
-        across, up = (size[axis] for axis in range(len(size)) if axis != plane)
-        ratios.append(up / across)
-    width = 2.1
-    height = width * float(sum(ratios)) + 0.75 + (0.3 if titled else 0.0)
-    figure = Figure(figsize=(width * len(_COLUMNS), height), facecolor="black", layout="constrained")
-    axes = figure.subplots(len(planes), len(_COLUMNS), squeeze=False, gridspec_kw={"height_ratios": ratios})
-    return figure, axes
+def _determinant(field: Array, plane: int | None, centre: Sequence[int]) -> Array:
+    """The Jacobian determinant in a slice, from the slab that central differences reach."""
+    if plane is None:
+        return jacobian_determinant(torch.from_numpy(field)[None])[0].numpy()
+    start, stop = max(centre[plane] - 1, 0), min(centre[plane] + 2, field.shape[1 + plane])
+    slab = np.take(field, range(start, stop), axis=1 + plane)
+    determinant = jacobian_determinant(torch.from_numpy(slab)[None])[0].numpy()
+    return np.take(determinant, centre[plane] - start, axis=plane)
 
 
-def _panel(axis: Axes, name: str, volumes: _Volumes, cut: _Cut, scales: dict[str, tuple[float, float]]) -> Any:
+def _draw(slices: Sequence[_Slice], title: str | None) -> Figure:
+    scales = _scales(slices)
+    figure, boxes = _layout([s.ratio for s in slices], title is not None)
+    shown: dict[str, Any] = {}
+    for row, part in enumerate(slices):
+        for column, name in enumerate(_TITLES):
+            axis = figure.add_axes(boxes[row][column], label=f"{name}_{row}")
+            shown[name] = _panel(axis, name, part, scales[name])
+            if row == 0:
+                axis.set_title(_TITLES[name], color="white", fontsize=10, pad=5)
+            if column == 0:
+                axis.set_ylabel(part.name, color="0.8", fontsize=9)
+                _letter(axis, part.sides)
+    _legends(figure, boxes[-1], shown, slices[0].labels)
+    if title:
+        figure.suptitle(title, color="white", fontsize=11, y=1 - 0.08 / figure.get_figheight(), va="top")
+    return figure
+
+
+def _layout(ratios: Sequence[float], titled: bool) -> tuple[Figure, list[list[tuple[float, float, float, float]]]]:
+    """Boxes for the panels: columns of one width, rows as high as their slices are, room for titles and scales."""
+    heights = [_WIDTH * ratio for ratio in ratios]
+    top = _HEAD + (_TITLE if titled else 0.0)
+    width = _LEFT + len(_TITLES) * (_WIDTH + _GAP)
+    height = top + sum(heights) + len(heights) * _GAP + _FOOT
+    figure = Figure(figsize=(width, height), facecolor="black")
+    boxes = []
+    lower = height - top
+    for tall in heights:
+        lower -= tall
+        lefts = [_LEFT + k * (_WIDTH + _GAP) for k in range(len(_TITLES))]
+        boxes.append([(left / width, lower / height, _WIDTH / width, tall / height) for left in lefts])
+        lower -= _GAP
+    return figure, boxes
+
+
+def _scales(slices: Sequence[_Slice]) -> dict[str, tuple[float, float]]:
+    """The ends of each panel's scale, the same in all rows."""
+
+    def window(name: str) -> tuple[float, float]:
+        values = np.concatenate([s.images[name].ravel() for s in slices]).astype(float)
+        low, high = (float(v) for v in np.nanpercentile(values, [0.5, 99.8]))
+        return (low, high) if high > low else (low, low + 1.0)
+
+    moving, fixed = window("moving"), window("fixed")
+    differences = [np.concatenate([s.difference(name).ravel() for s in slices]) for name in ("moving", "moved")]
+    top = max(float(np.nanpercentile(d, 99.5)) for d in differences)
+    difference = (0.0, top if top > 0 else 1.0)
+    determinants = np.concatenate([s.determinant.ravel() for s in slices])
+    logarithms = np.abs(np.log(determinants[determinants > 0]))
+    limit = max(float(np.percentile(logarithms, 99.5)) if logarithms.size else 0.0, 0.1)
+    return {
+        "moving": moving,
+        "fixed": fixed,
+        "moved": moving,
+        "before": difference,
+        "after": difference,
+        "grid": moving,
+        "jacobian": (-limit, limit),
+    }
+
+
+def _panel(axis: Axes, name: str, part: _Slice, scale: tuple[float, float]) -> Any:
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
         spine.set_visible(False)
     if name == "jacobian":
-        return _draw_jacobian(axis, volumes, cut, scales[name])
-    if name in ("before", "after"):
-        source = "moving" if name == "before" else "moved"
-        difference = np.abs(volumes.images[source] - volumes.images["fixed"])
-        return _show(axis, cut(difference), cut, scales[name], "magma")
-    image = "moved" if name == "grid" else name
-    shown = _show(axis, cut(volumes.images[image]), cut, scales[image], "gray")
-    if name == "grid":
-        _draw_grid(axis, volumes, cut)
-    elif name in volumes.labels:
-        _draw_outlines(axis, volumes, cut, name)
+        shown = _draw_jacobian(axis, part, scale)
+    elif name in ("before", "after"):
+        shown = _show(axis, part.difference("moving" if name == "before" else "moved"), scale, "magma")
+    else:
+        shown = _show(axis, part.images["moved" if name == "grid" else name], scale, "gray")
+        if name == "grid":
+            _draw_grid(axis, part)
+        elif name in part.labels:
+            _draw_labels(axis, part, name)
+    rows, columns = part.determinant.shape
+    across = (-0.5, columns - 0.5)
+    axis.set_xlim(across if part.sides is None else across[::-1])
+    axis.set_ylim(-0.5, rows - 0.5)
     return shown
 
 
-def _show(axis: Axes, image: Array, cut: _Cut, scale: tuple[float, float], colours: str) -> Any:
-    return axis.imshow(
-        image,
-        cmap=colours,
-        vmin=scale[0],
-        vmax=scale[1],
-        origin="lower",
-        aspect=cut.aspect,
-        interpolation="nearest",
-    )
+def _show(axis: Axes, image: Array, scale: tuple[float, float], colours: Any) -> Any:
+    # The panel's box has the shape of the slice in mm already.
+    options: dict[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+    return axis.imshow(image, cmap=colours, vmin=scale[0], vmax=scale[1], **options)
 
 
-def _draw_outlines(axis: Axes, volumes: _Volumes, cut: _Cut, name: str) -> None:
-    present = sorted(int(v) for label in volumes.labels.values() for v in np.unique(label) if v > 0)
-    order = {label: index for index, label in enumerate(dict.fromkeys(present))}
-    _outline(axis, cut(volumes.labels[name]), order, "solid", 1.0)
-    if name == "moved" and "fixed" in volumes.labels:
-        _outline(axis, cut(volumes.labels["fixed"]), order, "dashed", 0.8)
+def _draw_labels(axis: Axes, part: _Slice, name: str) -> None:
+    if name == "moved" and "fixed" in part.labels:
+        _outline(axis, part.labels["fixed"], "dashed", 0.9)
+    _outline(axis, part.labels[name], "solid", 1.1)
 
 
-def _outline(axis: Axes, labels: Array, order: dict[int, int], style: str, width: float) -> None:
+def _outline(axis: Axes, labels: Array, style: str, width: float) -> None:
     for label in np.unique(labels[labels > 0]):
-        colour = LABEL_COLOURS[order[int(label)] % len(LABEL_COLOURS)]
-        # One voxel around, so that outlines close at the edge of the image.
+        colour = LABEL_COLOURS[(int(label) - 1) % len(LABEL_COLOURS)]
+        # One voxel more around, so that outlines close at the edge of the image.
         mask = np.pad(labels == label, 1).astype(float)
-        where = [np.arange(n) - 1 for n in mask.shape]
-        axis.contour(where[1], where[0], mask, [0.5], colors=[colour], linewidths=width, linestyles=style)
-    axis.set_xlim(-0.5, labels.shape[1] - 0.5)
-    axis.set_ylim(-0.5, labels.shape[0] - 0.5)
+        rows, columns = (np.arange(n) - 1 for n in mask.shape)
+        axis.contour(columns, rows, mask, [0.5], colors=[colour], linewidths=width, linestyles=style)
 
 
-def _draw_grid(axis: Axes, volumes: _Volumes, cut: _Cut) -> None:
-    for array_axis in cut.shown:
-        position = cut(volumes.position[array_axis])
-        size = volumes.position.shape[1 + array_axis]
-        step = max(3, round(size / 22))
-        levels = np.arange(0, size, step)
-        if min(position.shape) > 1:
-            axis.contour(position, levels, colors=["#4cc9f0"], linewidths=0.6, alpha=0.9)
+def _draw_grid(axis: Axes, part: _Slice) -> None:
+    rows, columns = part.determinant.shape
+    if min(rows, columns) < 2:
+        return
+    extents = [n * mm for n, mm in zip((columns, rows), part.millimetres, strict=True)]
+    for position, size, mm in zip(part.position, (columns, rows), part.millimetres, strict=True):
+        step = max(2.0, max(extents) / 24 / mm)
+        levels = np.arange(step / 2, size, step)
+        axis.contour(position, levels, colors=[GRID_COLOUR], linewidths=0.7)
 
 
-def _draw_jacobian(axis: Axes, volumes: _Volumes, cut: _Cut, scale: tuple[float, float]) -> Any:
-    determinant = cut(volumes.determinant)
-    folded = determinant <= 0
-    logarithm = np.log(np.where(folded, 1.0, determinant))
-    colours = colormaps["PRGn"]
-    shown = axis.imshow(
-        logarithm,
-        cmap=colours,
-        norm=TwoSlopeNorm(0.0, *scale),
-        origin="lower",
-        aspect=cut.aspect,
-        interpolation="nearest",
-    )
+def _draw_jacobian(axis: Axes, part: _Slice, scale: tuple[float, float]) -> Any:
+    folded = part.determinant <= 0
+    shown = _show(axis, np.log(np.where(folded, 1.0, part.determinant)), scale, _JACOBIAN_COLOURS)
     if folded.any():
         marks = np.ma.masked_where(~folded, np.ones(folded.shape))
-        red = ListedColormap([FOLD_COLOUR])
-        axis.imshow(marks, cmap=red, origin="lower", aspect=cut.aspect, interpolation="nearest")
+        _show(axis, marks, (0.0, 1.0), ListedColormap([FOLD_COLOUR]))
     return shown
 
 
-def _furnish(figure: Figure, axes: Any, mappables: dict[str, Any], title: str | None, labelled: bool) -> None:
-    for columns, name, text in (((3, 4), "after", "intensity"), ((6,), "jacobian", "> 0: moving shrinks; red: folded")):
-        beneath = [axes[row][column] for row in range(len(axes)) for column in columns]
-        bar = figure.colorbar(mappables[name], ax=beneath, location="bottom", fraction=0.04, pad=0.02, aspect=30)
-        bar.set_label(text, color="0.8", fontsize=8)
-        bar.ax.tick_params(colors="0.8", labelsize=7)
-    if title:
-        figure.suptitle(title, color="white", fontsize=11)
-    if labelled:
+def _letter(axis: Axes, sides: Sequence[str] | None) -> None:
+    """Say what lies where at the edges of a panel."""
+    places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.02, "center", "bottom"))
+    for text, (x, y, ha, va) in zip(sides or (), (*places, (0.5, 0.98, "center", "top")), strict=False):
+        axis.text(x, y, text, ha=ha, va=va, color="#ffd92f", fontsize=8, transform=axis.transAxes)
+
+
+def _legends(figure: Figure, boxes: Sequence[Sequence[float]], shown: Mapping[str, Any], labels: Any) -> None:
+    """Scales beneath the differences and the determinant, and what the outlines are."""
+    high = figure.get_figheight()
+    names = list(_TITLES)
+    for first, last, text in (
+        ("before", "after", "absolute difference"),
+        ("jacobian", "jacobian", "> 0: moving shrinks    red: folded"),
+    ):
+        left, lower = boxes[names.index(first)][:2]
+        right = boxes[names.index(last)][0] + boxes[names.index(last)][2]
+        margin = 0.06 * (right - left)
+        box = (left + margin, lower - 0.18 / high, right - left - 2 * margin, 0.09 / high)
+        bar = figure.colorbar(shown[last], cax=figure.add_axes(box, label=f"{last}_scale"), orientation="horizontal")
+        bar.set_label(text, color="0.8", fontsize=8, labelpad=1)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.ax.tick_params(colors="0.8", labelsize=7, length=2, pad=1)
+    if "moved" in labels and "fixed" in labels:
+        left, lower, width = boxes[names.index("moved")][:3]
         lines = [
             Line2D([], [], color="0.8", linestyle="-", label="moved"),
             Line2D([], [], color="0.8", linestyle="--", label="fixed"),
         ]
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
-        axes[-1][2].legend(handles=lines, ncols=2, fontsize=7, frameon=False, labelcolor="0.8", **place)
+        place = (left + width / 2, lower - 0.05 / high)
+        figure.legend(
+            handles=lines,
+            loc="upper center",
+            bbox_to_anchor=place,
+            ncols=2,
+            fontsize=8,
+            frameon=False,
+            labelcolor="0.8",
+        )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ignite.engine import Engine, Events
 from PIL import Image
 from torch import Tensor
@@ -47,13 +48,16 @@ class PictureHandler:
         every: epochs between two sets of pictures.
         count: pictures per epoch.
         spacing: mm per axis, for the shape of the pictures.
+        affine: (4, 4) voxel-to-world matrix (RAS mm) of all fixed images, for anatomical views; without it an
+            ``affine`` in the batch's ``fixed_meta`` is used where there is one.
         dpi: dots per inch.
     """
 
-    def __init__(self, every: int = 1, count: int = 1, spacing: Any = None, dpi: int = 110) -> None:
+    def __init__(self, every: int = 1, count: int = 1, spacing: Any = None, affine: Any = None, dpi: int = 110) -> None:
         if every < 1 or count < 1:
             raise ValueError(f"every and count must be at least 1, got {every} and {count}")
-        self.every, self.count, self.spacing, self.dpi = every, count, spacing, dpi
+        self.every, self.count, self.dpi = every, count, dpi
+        self.spacing, self.affine = spacing, affine
         self._drawn = 0
 
     def attach(self, engine: Engine) -> None:
@@ -77,9 +81,18 @@ class PictureHandler:
             images = {key: output[key][item].detach().cpu() for key in _NEEDED}
             labels = {key: output[key][item].detach().cpu() for key in _LABELS if output.get(key) is not None}
             title = f"{name.replace('_to_', ' to ')}, epoch {engine.state.epoch}"
-            figure = registration_figure(**images, **labels, title=title, spacing=self.spacing)
+            figure = registration_figure(
+                **images, **labels, title=title, spacing=self.spacing, affine=self._affine(output, item)
+            )
             self._keep(figure_to_array(figure, self.dpi), engine, self._drawn, name)
             self._drawn += 1
+
+    def _affine(self, output: Mapping[str, Any], item: int) -> Any:
+        if self.affine is not None:
+            return self.affine
+        meta = output.get("fixed_meta")
+        affines = meta.get("affine") if isinstance(meta, Mapping) else None
+        return None if affines is None else np.asarray(torch.as_tensor(affines[item]).cpu())
 
     def _keep(self, picture: np.ndarray, engine: Engine, index: int, name: str) -> None:
         raise NotImplementedError
@@ -95,6 +108,8 @@ class PictureSaver(PictureHandler):
         every: epochs between two sets of pictures.
         count: pictures per epoch.
         spacing: mm per axis, for the shape of the pictures.
+        affine: (4, 4) voxel-to-world matrix (RAS mm) of all fixed images, for anatomical views; without it an
+            ``affine`` in the batch's ``fixed_meta`` is used where there is one.
         dpi: dots per inch.
 
     Example:
@@ -102,9 +117,15 @@ class PictureSaver(PictureHandler):
     """
 
     def __init__(
-        self, output_dir: str | Path, every: int = 1, count: int = 4, spacing: Any = None, dpi: int = 110
+        self,
+        output_dir: str | Path,
+        every: int = 1,
+        count: int = 4,
+        spacing: Any = None,
+        affine: Any = None,
+        dpi: int = 110,
     ) -> None:
-        super().__init__(every=every, count=count, spacing=spacing, dpi=dpi)
+        super().__init__(every=every, count=count, spacing=spacing, affine=affine, dpi=dpi)
         self.output_dir = Path(output_dir)
 
     def _keep(self, picture: np.ndarray, engine: Engine, index: int, name: str) -> None:

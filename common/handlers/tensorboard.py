@@ -133,6 +133,8 @@ class TensorBoardPictures(PictureHandler):
         tag: prefix of the names.
         summary_writer: a writer to share instead of an own one.
         spacing: mm per axis, for the shape of the pictures.
+        affine: (4, 4) voxel-to-world matrix (RAS mm) of all fixed images, for anatomical views; without it an
+            ``affine`` in the batch's ``fixed_meta`` is used where there is one.
     """
 
     def __init__(
@@ -143,8 +145,9 @@ class TensorBoardPictures(PictureHandler):
         tag: str = "pair",
         summary_writer: SummaryWriter | None = None,
         spacing: Any = None,
+        affine: Any = None,
     ) -> None:
-        super().__init__(every=every, count=count, spacing=spacing)
+        super().__init__(every=every, count=count, spacing=spacing, affine=affine)
         self.tag = tag
         self._writer = _Writer(log_dir, summary_writer)
 
