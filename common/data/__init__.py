@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from common.data.cohort import Cohort, cohort_from_json, load_cohort
 from common.data.pairs import PairDataset
+from common.data.random_pairs import RandomPairDataset
 from common.data.subsets import nested_subset
 
-__all__ = ["Cohort", "PairDataset", "cohort_from_json", "load_cohort", "nested_subset"]
+__all__ = ["Cohort", "PairDataset", "RandomPairDataset", "cohort_from_json", "load_cohort", "nested_subset"]

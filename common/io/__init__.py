@@ -8,6 +8,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Scans and fields in and out."""
+"""Scans and transforms in and out: one module for each kind of file."""
 
 from __future__ import annotations
+
+from common.io.fields import load_field, save_field
+from common.io.grids import GridError, grid_difference, require_same_grid, same_grid
+from common.io.scans import Scan, ScanError, load_image, save_image
+
+__all__ = [
+    "GridError",
+    "Scan",
+    "ScanError",
+    "grid_difference",
+    "load_field",
+    "load_image",
+    "require_same_grid",
+    "same_grid",
+    "save_field",
+    "save_image",
+]
