@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from common.spatial import resample_field
@@ -91,6 +92,15 @@ class RegistrationNetwork(nn.Module):
     def fields(self, image: Tensor) -> dict[str, Any]:
         """Everything that training needs, with at least "ddf"."""
         raise NotImplementedError
+
+    def padded(self, image: Tensor, multiple: int | Sequence[int]) -> Tensor:
+        """The pair as a network wants it: checked, a plain float32 tensor, axes multiples of ``multiple``.
+
+        Raises:
+            ValueError: when ``image`` is not cat(moving, fixed) of the right number of axes.
+        """
+        split_pair(image, self.spatial_dims)
+        return pad_to_multiple(convert_to_tensor(image, dtype=torch.float32, track_meta=False), multiple)
 
 
 def as_tuple(value: int | Sequence[int], spatial_dims: int, name: str = "value") -> tuple[int, ...]:

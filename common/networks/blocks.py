@@ -16,8 +16,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers.factories import Conv, Norm
+from monai.networks.layers.factories import Norm
 from torch import Tensor, nn
+
+from common.networks.convolution import convolution
 
 __all__ = ["ConvUnit", "FlowHead", "InstanceNorm", "UpStage", "upsample_to"]
 
@@ -90,7 +92,7 @@ class ConvUnit(nn.Module):
         slope: float = 0.01,
     ) -> None:
         super().__init__()
-        self.conv = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 3, padding=1, bias=bias)
+        self.conv = convolution(spatial_dims, in_channels, out_channels, bias=bias)
         self.norm = _norm(norm, out_channels, spatial_dims)
         self.slope = slope
 
@@ -131,7 +133,7 @@ class FlowHead(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, *, std: float = 1e-5, bias: float = 0.0) -> None:
         super().__init__()
-        self.conv = Conv[Conv.CONV, spatial_dims](in_channels, spatial_dims, 3, padding=1)
+        self.conv = convolution(spatial_dims, in_channels, spatial_dims)
         nn.init.normal_(self.conv.weight, std=std)
         nn.init.constant_(self.conv.bias, bias)
 

@@ -28,7 +28,6 @@ from common.networks.base import (
     average_pool,
     crop_to,
     encode_pair,
-    pad_to_multiple,
     paired_channels,
     split_pair,
     to_image_grid,
@@ -166,13 +165,14 @@ class TimeSteps(nn.Module):
     def _exp(self, velocity: Tensor) -> Tensor:
         return integrate(velocity, self.integration_steps, padding=self.padding)
 
-    def _advance(self, total: Tensor, step: Tensor) -> Tensor:
-        """The accumulated field after a step."""
-        if self.update == "addition":
-            return total + step
+    def _advance(self, total: Tensor | None, step: Tensor) -> Tensor:
+        """The accumulated field after a step; there is none before the first."""
+        if self.update == "composition":
+            inner = self._exp(step) if self.diffeomorphic else step
+            return inner if total is None else compose(total, inner, padding=self.padding)
         if self.update == "self_warped":
-            return total + warp(step, step, padding=self.padding)
-        return compose(total, self._exp(step) if self.diffeomorphic else step, padding=self.padding)
+            step = warp(step, step, padding=self.padding)
+        return step if total is None else total + step
 
     def _displacement(self, total: Tensor) -> Tensor:
         """The displacement that the accumulated field stands for inside the loop."""
@@ -190,7 +190,7 @@ class TimeSteps(nn.Module):
         moved, total, features, ddf = moving, None, None, None
         for t, step in enumerate(self.steps):
             field, under = self._run(step, moved, fixed, context)
-            total = self._advance(torch.zeros_like(field) if total is None else total, field)
+            total = self._advance(total, field)
             features = under if features is None else features + under
             ddf = self._displacement(total)
             if t + 1 < len(self.steps):
@@ -265,8 +265,7 @@ class TransMorphTVF(RegistrationNetwork):
     def fields(self, image: Tensor) -> dict[str, Any]:
         """Fields of the pair ``image`` (B, 2C, *S); see the class."""
         size = image.shape[2:]
-        split_pair(image, self.spatial_dims)
-        padded = pad_to_multiple(image, [f * max(self.encoder.strides) for f in self.downsample])
+        padded = self.padded(image, [f * max(self.encoder.strides) for f in self.downsample])
         pair = average_pool(padded, self.downsample)
         context = self.decoder(pair, encode_pair(self.encoder, pair))
         out: TVFOutput = self.time_steps(*split_pair(pair, self.spatial_dims), context)

@@ -13,11 +13,12 @@
 from __future__ import annotations
 
 import torch
-from monai.networks.layers.factories import Conv, Pool
+from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from common.networks.base import Encoder
 from common.networks.blocks import ConvUnit, InstanceNorm, upsample_to
+from common.networks.convolution import convolution
 
 __all__ = ["VFAEncoder"]
 
@@ -57,7 +58,7 @@ class VFAEncoder(Encoder):
         self.feature_channels = widths
         self.strides = tuple(2**i for i in range(downsamples + 1))
         self.normalize = InstanceNorm(in_channels, affine=True)
-        self.stem = Conv[Conv.CONV, spatial_dims](in_channels, start_channels, 3, padding=1)
+        self.stem = convolution(spatial_dims, in_channels, start_channels)
         self.pool = Pool[Pool.AVG, spatial_dims](2)
         inputs = (start_channels, *widths[:-1])
         self.down = nn.ModuleList(_double(spatial_dims, a, b) for a, b in zip(inputs, widths, strict=True))

@@ -18,17 +18,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
 from common.networks.base import (
     Encoder,
     RegistrationNetwork,
     crop_to,
-    pad_to_multiple,
-    split_pair,
 )
 from common.networks.blocks import FlowHead
+from common.networks.convolution import convolution
 from common.spatial import integrate, resample_field
 
 __all__ = ["VoxelMorph", "VoxelMorphEncoder", "VoxelMorphUNet"]
@@ -51,8 +49,7 @@ class VoxelMorphEncoder(Encoder):
         self.feature_channels = tuple(channels)
         self.strides = tuple(2 ** (i + 1) for i in range(len(channels)))
         widths = [in_channels, *channels]
-        conv = Conv[Conv.CONV, spatial_dims]
-        self.convs = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
+        self.convs = nn.ModuleList(convolution(spatial_dims, a, b, stride=2) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Pair (B, in_channels, *S) to maps at strides 2, 4, ..."""
@@ -92,16 +89,15 @@ class VoxelMorphUNet(nn.Module):
         if len(decoder_channels) <= depth:
             raise ValueError(f"decoder_channels needs more than {depth} numbers, got {tuple(decoder_channels)}")
         self.encoder = VoxelMorphEncoder(spatial_dims, in_channels, encoder_channels)
-        conv = Conv[Conv.CONV, spatial_dims]
         skips = [*reversed(encoder_channels[:-1]), in_channels]
         width = encoder_channels[-1]
         self.decoder = nn.ModuleList()
         for out, skip in zip(decoder_channels[:depth], skips, strict=True):
-            self.decoder.append(conv(width, out, 3, padding=1))
+            self.decoder.append(convolution(spatial_dims, width, out))
             width = out + skip
         self.full = nn.ModuleList()
         for out in decoder_channels[depth:]:
-            self.full.append(conv(width, out, 3, padding=1))
+            self.full.append(convolution(spatial_dims, width, out))
             width = out
         self.out_channels = width
 
@@ -158,9 +154,8 @@ class VoxelMorph(RegistrationNetwork):
 
     def fields(self, image: Tensor) -> dict[str, Any]:
         """Fields of the pair ``image`` (B, 2C, *S); see the class."""
-        split_pair(image, self.spatial_dims)
         size = image.shape[2:]
-        flow = self.head(self.unet(pad_to_multiple(image, max(self.unet.encoder.strides))))
+        flow = self.head(self.unet(self.padded(image, max(self.unet.encoder.strides))))
         if self.integration_steps == 0:
             return {"ddf": crop_to(flow, size)}
         return {"ddf": crop_to(self._exp(flow), size), "velocity": crop_to(flow, size)}

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
-from common.networks import Encoder, FlowHead, InstanceNorm, paired_channels, to_image_grid, upsample_to
+from common.networks import Encoder, FlowHead, InstanceNorm, convolution, paired_channels, to_image_grid, upsample_to
 
 __all__ = ["GaussianField", "GaussianFlowHead", "LevelBlock", "SSLHead"]
 
@@ -48,9 +47,8 @@ class LevelBlock(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, hidden_channels: int) -> None:
         super().__init__()
-        conv = Conv[Conv.CONV, spatial_dims]
-        self.conv1 = conv(in_channels, hidden_channels, 3, padding=1)
-        self.conv2 = conv(hidden_channels, hidden_channels, 3, padding=1)
+        self.conv1 = convolution(spatial_dims, in_channels, hidden_channels)
+        self.conv2 = convolution(spatial_dims, hidden_channels, hidden_channels)
         self.norm = InstanceNorm(hidden_channels)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:

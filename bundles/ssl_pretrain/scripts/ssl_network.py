@@ -25,8 +25,6 @@ from common.networks import (
     build_encoder,
     crop_to,
     encode_pair,
-    pad_to_multiple,
-    split_pair,
     to_image_grid,
 )
 
@@ -38,9 +36,10 @@ __all__ = ["SSLRegistration"]
 class SSLRegistration(RegistrationNetwork):
     """Encoder and multi-level head, from a pair to a displacement field.
 
-    ``fields`` gives "ddf" on the image grid and "stats", the list of (mean, logvar) of every level, fine to coarse,
-    with the ensemble last, on the head's grid: what the Kullback-Leibler term takes. In training the ddf is a sample,
-    in evaluation the mean. The field is a plain displacement, as published: no integration.
+    ``fields`` gives "ddf" on the image grid, and what the Kullback-Leibler term takes: "level_mean" and "level_logvar",
+    lists of one tensor a level, fine to coarse, and "ensemble_mean" and "ensemble_logvar", all on the head's grid and
+    in its voxels. In training the ddf is a sample, in evaluation the mean. The field is a plain displacement, as
+    published: no integration.
 
     Args:
         encoder: an encoder, or the name of one for ``build_encoder``.
@@ -75,8 +74,14 @@ class SSLRegistration(RegistrationNetwork):
 
     def fields(self, image: Tensor) -> dict[str, Any]:
         """Field and distributions of the pair ``image`` (B, 2C, *S); see the class."""
-        split_pair(image, self.spatial_dims)
-        padded = pad_to_multiple(image, [f * max(self.encoder.strides) for f in self.downsample])
+        padded = self.padded(image, [f * max(self.encoder.strides) for f in self.downsample])
         pair = average_pool(padded, self.downsample)
         field, stats = self.head(encode_pair(self.encoder, pair), pair.shape[2:])
-        return {"ddf": crop_to(to_image_grid(field, padded.shape[2:]), image.shape[2:]), "stats": stats}
+        *levels, ensemble = stats
+        return {
+            "ddf": crop_to(to_image_grid(field, padded.shape[2:]), image.shape[2:]),
+            "level_mean": [level.mean for level in levels],
+            "level_logvar": [level.logvar for level in levels],
+            "ensemble_mean": ensemble.mean,
+            "ensemble_logvar": ensemble.logvar,
+        }
