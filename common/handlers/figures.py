@@ -131,7 +131,7 @@ def registration_figure(
         ValueError: when the field has another form.
     """
     field = _array(ddf)
-    if field.ndim == 1 + field.shape[1] + 1 and field.shape[0] == 1:
+    if field.ndim > 3 and field.shape[0] == 1 and field.shape[1] == field.ndim - 2:
         field = field[0]
     dims = field.shape[0]
     if dims not in (2, 3) or field.ndim != dims + 1:

@@ -49,6 +49,11 @@ def _inside(mask: Tensor | None, ddf: Tensor, crop: int) -> Tensor:
     return _interior(chosen, crop, ddf.ndim - 2)
 
 
+def _deviation(values: Tensor) -> Tensor:
+    """Population standard deviation; NaN of nothing."""
+    return values.std(unbiased=False) if len(values) else values.new_tensor(float("nan"))
+
+
 class StdLogJacobian(RegistrationMetric):
     """Standard deviation over voxels of the logarithm of the Jacobian determinant of ``x + ddf(x)``, per item.
 
@@ -72,7 +77,7 @@ class StdLogJacobian(RegistrationMetric):
         offset = 3.0 if self.definition == "learn2reg" else 0.0
         logarithm = (determinant.double() + offset).clamp(1e-9, 1e9).log()
         inside = _inside(mask, ddf, self.crop)
-        return torch.stack([v[m].std(unbiased=False) for v, m in zip(logarithm, inside, strict=True)])[:, None].float()
+        return torch.stack([_deviation(v[m]) for v, m in zip(logarithm, inside, strict=True)])[:, None].float()
 
 
 class NonPositiveJacobianPercent(RegistrationMetric):
