@@ -24,8 +24,9 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 def as_float(tensor: Tensor) -> Tensor:
-    """The tensor as float32, or as it is when it is float64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    """The plain tensor as float32, or in float64 when it is that; MONAI's meta data is left behind."""
+    plain = tensor.as_subclass(Tensor) if type(tensor) is not Tensor else tensor
+    return plain if plain.dtype == torch.float64 else plain.float()
 
 
 def check_images(name: str, moved: Tensor, fixed: Tensor, mask: Tensor | None = None) -> None:
@@ -121,3 +122,25 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     # torch.where rather than a product: a NaN outside the mask must not reach the sum.
     total = torch.where(weights > 0, values * weights, torch.zeros_like(values)).sum()
     return total / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def check_choice(name: str, option: str, value: str, choices: Sequence[str]) -> str:
+    """The value, when it is one of ``choices``.
+
+    Raises:
+        ValueError: when it is not; names what there is.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}: {option} must be one of {list(choices)}, got {value!r}")
+    return value
+
+
+def check_positive(name: str, option: str, value: float) -> float:
+    """The value as a float, when it is a positive finite number.
+
+    Raises:
+        ValueError: when it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: {option} must be a positive number, got {value!r}")
+    return float(value)
