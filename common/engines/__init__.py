@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from common.engines.evaluator import RegistrationEvaluator
+from common.engines.measures import standard_measures
 from common.engines.network import FieldsModule, autocast, distribute, seed_everything
 from common.engines.trainer import NonFiniteLossError, RegistrationTrainer, prepare_pair
 from common.engines.values import PairValues, stack_pair
@@ -28,4 +29,5 @@ __all__ = [
     "prepare_pair",
     "seed_everything",
     "stack_pair",
+    "standard_measures",
 ]

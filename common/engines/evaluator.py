@@ -20,11 +20,12 @@ from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from monai.inferers import Inferer
-from torch import Tensor, nn
+from torch import nn
 
 from common.engines.network import autocast
 from common.engines.trainer import prepare_pair
 from common.engines.values import PairValues
+from common.metrics import MetricCollection
 
 __all__ = ["RegistrationEvaluator"]
 
@@ -33,7 +34,7 @@ class RegistrationEvaluator(SupervisedEvaluator):
     """Register pairs and measure them.
 
     ``metrics`` names each measure, with the values it takes: ``{"dice": {"metric": DiceScore(labels=[1, 2]),
-    "inputs": ["moved_label", "fixed_label"]}}``. The same metric on ``moving_label`` gives the value before
+    "inputs": ["moved_label", "fixed_label"]}}`` (see ``common.engines.PairValues`` for the names). The same metric on ``moving_label`` gives the value before
     registration. ``state.output["metrics"]`` holds the values of the batch, (B, K) each; ``state.metrics`` the means
     over all pairs of all processes.
 
@@ -60,7 +61,7 @@ class RegistrationEvaluator(SupervisedEvaluator):
         device: torch.device | str,
         val_data_loader: Iterable[Any],
         network: nn.Module,
-        metrics: Mapping[str, Mapping[str, Any]] | None = None,
+        metrics: MetricCollection | Mapping[str, Mapping[str, Any]] | None = None,
         key_val_metric: str | None = None,
         lower_is_better: bool = False,
         labels: Sequence[int] = (),
@@ -79,14 +80,14 @@ class RegistrationEvaluator(SupervisedEvaluator):
             decollate=False,
             **kwargs,
         )
-        self.metrics = dict(metrics or {})
-        if key_val_metric is not None and key_val_metric not in self.metrics:
-            raise ValueError(f"key metric '{key_val_metric}' is not among the metrics {sorted(self.metrics)}")
+        self.metrics = metrics if isinstance(metrics, MetricCollection) else MetricCollection(metrics or {})
+        if key_val_metric is not None and key_val_metric not in self.metrics.metrics:
+            raise ValueError(f"key metric '{key_val_metric}' is not among the metrics {sorted(self.metrics.metrics)}")
         self.state.key_metric_name = key_val_metric
         self.lower_is_better = lower_is_better
         self.labels = labels
         self.precision = amp
-        self.add_event_handler(Events.EPOCH_STARTED, self._reset_metrics)
+        self.add_event_handler(Events.EPOCH_STARTED, self.metrics.reset)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._aggregate)
         if val_handlers is not None:
             self._register_handlers([handler for handler in val_handlers if handler is not None])
@@ -97,8 +98,8 @@ class RegistrationEvaluator(SupervisedEvaluator):
             with autocast(self.state.device, self.precision):
                 fields = self.inferer(image, self.network)
             values = PairValues(batch, fields, self.labels)
-            measured = {name: self._measure(name, entry, values) for name, entry in self.metrics.items()}
-            _ = values["moved"]
+            measured = self.metrics(values)
+            _ = values["moved"]  # pictures and writers want it, whatever was measured
         output = values.known()
         output["metrics"] = measured
         self.state.output = output
@@ -106,22 +107,9 @@ class RegistrationEvaluator(SupervisedEvaluator):
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return output
 
-    def _measure(self, name: str, entry: Mapping[str, Any], values: PairValues) -> Tensor:
-        missing = [key for key in entry["inputs"] if key not in values]
-        if missing:
-            raise KeyError(
-                f"metric '{name}' needs {missing}, which the batch and the network do not give: {list(values)}"
-            )
-        return entry["metric"](*[values[key] for key in entry["inputs"]])
-
-    def _reset_metrics(self) -> None:
-        for entry in self.metrics.values():
-            entry["metric"].reset()
-
     def _aggregate(self) -> None:
         """Average over all pairs, and remember the best value of the key metric."""
-        for name, entry in self.metrics.items():
-            self.state.metrics[name] = float(entry["metric"].aggregate())
+        self.state.metrics.update(self.metrics.aggregate())
         key = self.state.key_metric_name
         if key is None:
             return

@@ -1,0 +1,75 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The measures that every bundle reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from common.losses import LNCC
+from common.metrics import (
+    AverageSurfaceDistance,
+    DiceScore,
+    HausdorffDistance95,
+    MetricCollection,
+    NonDiffeomorphicVolumePercent,
+    NonPositiveJacobianPercent,
+    StdLogJacobian,
+)
+from common.metrics.endpoint import EndpointError
+from common.metrics.similarity import Similarity
+
+__all__ = ["standard_measures"]
+
+
+def standard_measures(
+    labels: Sequence[int] = (),
+    spacing: Sequence[float] | None = None,
+    surface: bool = False,
+    true_field: bool = False,
+    definition: str = "standard",
+) -> MetricCollection:
+    """Similarity and regularity always; overlap where there are labels; each overlap also before registration.
+
+    Args:
+        labels: foreground labels; none for images only.
+        spacing: mm per axis, for surface distances.
+        surface: also HD95 and average surface distance (slower).
+        true_field: also the end-point error, for pairs that carry ``true_ddf``.
+        definition: ``"standard"``, or ``"learn2reg"`` for the challenge's own.
+
+    Returns:
+        the measures, named ``similarity`` (1 is best), ``dice``, ``hd95``, ``asd``, ``ndv``, ``folds``, ``sdlogj``,
+        ``epe``, with the suffix ``_before`` for the value before registration.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    if labels:
+        entries |= _before_and_after("dice", lambda: DiceScore(labels), "label")
+    entries |= _before_and_after("similarity", lambda: Similarity(LNCC()), "")
+    if labels and surface:
+        entries |= _before_and_after("hd95", lambda: HausdorffDistance95(labels, spacing, definition), "label")
+        entries |= _before_and_after("asd", lambda: AverageSurfaceDistance(labels, spacing), "label")
+    ndv_inputs = ["ddf", "moving"] if definition == "learn2reg" else ["ddf"]
+    entries["ndv"] = {"metric": NonDiffeomorphicVolumePercent(definition), "inputs": ndv_inputs}
+    entries["folds"] = {"metric": NonPositiveJacobianPercent(), "inputs": ["ddf"]}
+    entries["sdlogj"] = {"metric": StdLogJacobian(definition), "inputs": ["ddf"]}
+    if true_field:
+        entries["epe"] = {"metric": EndpointError(), "inputs": ["ddf", "true_ddf"]}
+    return MetricCollection(entries)
+
+
+def _before_and_after(name: str, make: Any, kind: str) -> dict[str, dict[str, Any]]:
+    suffix = f"_{kind}" if kind else ""
+    return {
+        f"{name}_before": {"metric": make(), "inputs": [f"moving{suffix}", f"fixed{suffix}"]},
+        name: {"metric": make(), "inputs": [f"moved{suffix}", f"fixed{suffix}"]},
+    }
