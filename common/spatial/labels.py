@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,12 @@ from common.spatial.grid import as_field, check_batch, plain
 from common.spatial.sampling import padding_code
 
 __all__ = ["warp_labels"]
+
+# Voxels handled at a time: what they need should stay in the cache of a CPU; a GPU wants more to do.
+_CHUNK_CPU = 2**17
+_CHUNK_ELSEWHERE = 2**22
+# Unsigned integers that PyTorch can hold but hardly compute with.
+_WIDENED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def warp_labels(labels: Tensor, ddf: Tensor, *, padding: str = "border") -> Tensor:
@@ -45,48 +53,58 @@ def warp_labels(labels: Tensor, ddf: Tensor, *, padding: str = "border") -> Tens
         raise ValueError(f"labels must be (B, 1, *S), got {tuple(labels.shape)} for ddf {tuple(ddf.shape)}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex:
         raise ValueError(f"labels must have an integer dtype, got {labels.dtype}: round them first")
-    code = padding_code(padding)
-    moved = torch.empty((ddf.shape[0], 1, *ddf.shape[2:]), dtype=labels.dtype, device=labels.device)
-    for item in range(ddf.shape[0]):
-        moved[item, 0] = _vote(labels[item, 0], ddf[item], zeros=code == 0)
-    return moved
+    source = labels.long() if labels.dtype in _WIDENED else labels
+    rim = 1 - padding_code(padding)  # a rim of zeros, beyond which positions are held
+    if rim:
+        source = torch.nn.functional.pad(source, (rim, rim) * ddf.shape[1])
+    moved = torch.empty((ddf.shape[0], 1, *ddf.shape[2:]), dtype=source.dtype, device=labels.device)
+    chunk = _CHUNK_CPU if ddf.device.type == "cpu" else _CHUNK_ELSEWHERE
+    rows = max(1, chunk // max(1, ddf[0, 0, :1].numel()))
+    for item, start in itertools.product(range(len(ddf)), range(0, ddf.shape[2], rows)):
+        index, parts = _corners(ddf[item, :, start : start + rows], (start, 0, 0), source.shape[2:], rim)
+        values = source[item].reshape(-1)[index]
+        moved[item, 0, start : start + rows] = _vote(values, parts).view(-1, *ddf.shape[3:])
+    return moved.to(labels.dtype)
 
 
-def _vote(labels: Tensor, ddf: Tensor, zeros: bool) -> Tensor:
-    """The winning label at every voxel, for one item: labels (*Sm), ddf (d, *Sf)."""
-    values, weights = _corners(labels, ddf, zeros)
-    winner = values[0]
-    most = torch.full_like(weights[0], -1.0)
-    for value in values:
-        votes = torch.zeros_like(most)
-        for other, weight in zip(values, weights, strict=True):
-            votes += weight * (other == value)
-        better = (votes > most) | ((votes == most) & (value < winner))
-        winner, most = torch.where(better, value, winner), torch.where(better, votes, most)
-    return winner
+def _corners(ddf: Tensor, origin: tuple[int, ...], size: torch.Size, rim: int) -> tuple[Tensor, Tensor]:
+    """The 2**d voxels around ``x + ddf(x)``.
 
+    Args:
+        ddf: (d, *S), a part of the field.
+        origin: its first voxel.
+        size: of the map to look in, rim included.
+        rim: voxels added before the map's first.
 
-def _corners(labels: Tensor, ddf: Tensor, zeros: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Labels and weights of the 2**d voxels around ``x + ddf(x)``."""
-    dims = ddf.shape[0]
-    flat = labels.reshape(-1)
-    corners = [(torch.zeros((), dtype=torch.int64, device=ddf.device), ddf.new_ones(()), None)]
+    Returns:
+        flat indices (2**d, n), and how far the positions are from the lowest corner (d, n).
+    """
+    dims = len(size)
+    index, parts = [torch.zeros((), dtype=torch.int64, device=ddf.device)], []
     for axis in range(dims):
-        size = labels.shape[axis]
-        steps = torch.arange(ddf.shape[1 + axis], device=ddf.device, dtype=ddf.dtype)
-        position = ddf[axis] + steps.view([-1 if k == axis else 1 for k in range(dims)])
-        position = position.clamp(-1, size) if zeros else position.clamp(0, size - 1)
+        first = origin[axis] + rim
+        steps = torch.arange(first, first + ddf.shape[1 + axis], device=ddf.device, dtype=ddf.dtype)
+        position = (ddf[axis] + steps.view([-1 if k == axis else 1 for k in range(dims)])).flatten()
+        position = position.clamp_(0, size[axis] - 1).nan_to_num_(0.0)
         low = position.floor()
-        part = position - low
-        grown = []
-        for index, weight, outside in corners:
-            for step, share in ((0, 1 - part), (1, part)):
-                place = low.long() + step
-                held = place.clamp(0, size - 1)
-                out = (held != place) if outside is None else outside | (held != place)
-                grown.append((index * size + held, weight * share, out))
-        corners = grown
-    values = [flat[index] for index, _, _ in corners]
-    if zeros:
-        values = [value.masked_fill(out, 0) for value, (_, _, out) in zip(values, corners, strict=True)]
-    return values, [weight for _, weight, _ in corners]
+        parts.append(position - low)
+        low_index = low.long()
+        high_index = (low_index + 1).clamp_(max=size[axis] - 1)
+        index = [before * size[axis] + here for before in index for here in (low_index, high_index)]
+    return torch.stack(index), torch.stack(parts)
+
+
+def _vote(values: Tensor, parts: Tensor) -> Tensor:
+    """The label of the greatest share: values (2**d, n) at the corners, position between them (d, n)."""
+    winner = values[0].clone()
+    # Inside a structure all corners agree, and there is nothing to count.
+    mixed = (values[1:] != values[0]).any(0).nonzero().squeeze(1)
+    values, parts = values[:, mixed].long(), parts[:, mixed]
+    weights = parts.new_ones(1, len(mixed))
+    for part in parts:
+        weights = torch.stack([weights * (1 - part), weights * part], 1).flatten(0, 1)
+    # Equal labels get bitwise equal votes, as each sum runs over the same corners in the same order.
+    votes = torch.stack([(weights * (values == value)).sum(0) for value in values])
+    highest = torch.iinfo(torch.int64).max
+    winner[mixed] = torch.where(votes == votes.amax(0), values, highest).amin(0).to(winner.dtype)
+    return winner
