@@ -21,16 +21,20 @@ import monai.transforms
 
 from common.transforms.array import RandImagePair
 from common.transforms.dictionary import RandImagePairD, RandImagePaird, RandImagePairDict
+from common.transforms.preprocessing import CheckScand, ScalePercentilesd, scan_transforms
 from common.transforms.random_images import ImagePair, PairOptions, generate_pair
 
 __all__ = [
+    "CheckScand",
     "ImagePair",
     "PairOptions",
     "RandImagePair",
     "RandImagePairD",
     "RandImagePairDict",
     "RandImagePaird",
+    "ScalePercentilesd",
     "generate_pair",
+    "scan_transforms",
 ]
 
 for _transform in (RandImagePair, RandImagePaird):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.spatial import warp
+from common.spatial import compose, warp
 from common.transforms.random_fields import random_pair_fields
 from common.transforms.random_intensities import bias_field, blur, intensity_tables, look_up, rescale_intensity
 from common.transforms.random_labels import random_labels
@@ -61,6 +61,7 @@ class PairOptions:
     Args:
         num_labels: number of tissues, labelled from 1.
         shape_scale: range of the edge of a noise cell of the label maps.
+        volume_spread: how unequal the tissues' volumes are: spread of a constant added to each label's noise.
         field_scale: edge of a noise cell of the deformations.
         amplitudes: factors of the velocities, of which each deformation picks one.
         background: "zeros": out of the scene's view lie label 0 and intensity 0; "border": the scene's border goes on.
@@ -79,7 +80,8 @@ class PairOptions:
     """
 
     num_labels: int = 16
-    shape_scale: Range = (36.0, 52.0)
+    shape_scale: Range = (34.0, 50.0)
+    volume_spread: float = 0.025
     field_scale: float = 32.0
     amplitudes: Sequence[float] = (4.0, 6.0, 8.0, 14.0, 16.0, 18.0)
     background: str = "zeros"
@@ -109,10 +111,12 @@ class PairOptions:
                 raise ValueError(f"{name} must be a range (low, high) with {least} <= low <= high, got {(low, high)}")
         if not 1 <= self.num_labels < 2**15:
             raise ValueError(f"num_labels must be at least 1 (and below 32768), got {self.num_labels}")
+        if not 0.0 <= self.volume_spread < math.inf:
+            raise ValueError(f"volume_spread must be a finite number of at least 0, got {self.volume_spread}")
         if self.field_scale < 1.0:
             raise ValueError(f"field_scale must be at least 1 voxel, got {self.field_scale}")
-        if len(self.amplitudes) == 0 or min(self.amplitudes) < 0.0:
-            raise ValueError(f"amplitudes must be one or more numbers of at least 0, got {self.amplitudes}")
+        if len(self.amplitudes) == 0 or not all(0.0 <= a < math.inf for a in self.amplitudes):
+            raise ValueError(f"amplitudes must be one or more finite numbers of at least 0, got {self.amplitudes}")
         if self.background not in ("zeros", "border"):
             raise ValueError(f"background must be 'zeros' or 'border', got {self.background!r}")
 
@@ -152,16 +156,24 @@ def generate_pair(
         raise ValueError(f"spatial_size must be 2 or 3 positive numbers, got {tuple(spatial_size)}")
     chosen = PairOptions(**options)
     stream = RandomStream(item_seeds(batch_size, seed, generator), device)
+    with torch.autocast(stream.device.type, enabled=False):
+        return _generate(stream, size, chosen)
+
+
+def _generate(stream: RandomStream, size: tuple[int, ...], options: PairOptions) -> ImagePair:
+    """Draw everything, in an order that lets go of large fields early."""
     shrink = min(1.0, math.prod(size) ** (1.0 / len(size)) / _FULL_SCALE_SIZE)
-    scale = (shrink * chosen.shape_scale[0], shrink * chosen.shape_scale[1])
-    scene = random_labels(stream, size, chosen.num_labels, scale)
-    amplitudes = [shrink * amplitude for amplitude in chosen.amplitudes]
-    fields = random_pair_fields(stream, size, amplitudes, shrink * chosen.field_scale)
-    tables = intensity_tables(stream, chosen.num_labels, chosen.multimodal_prob)
-    moving, moving_label = _see(scene, tables[:, 0], fields.moving, chosen.background)
-    fixed, fixed_label = _see(scene, tables[:, 1], fields.fixed, chosen.background)
-    moving, fixed = _acquire(stream, torch.cat([moving, fixed], 1), chosen).split(1, dim=1)
-    return ImagePair(moving, fixed, moving_label, fixed_label, fields.ddf, stream.seeds)
+    scale = (shrink * options.shape_scale[0], shrink * options.shape_scale[1])
+    scene = random_labels(stream, size, options.num_labels, scale, options.volume_spread)
+    amplitudes = [shrink * amplitude for amplitude in options.amplitudes]
+    ddf, to_scene = random_pair_fields(stream, size, amplitudes, shrink * options.field_scale)
+    tables = intensity_tables(stream, options.num_labels, options.multimodal_prob)
+    moving, moving_label = _see(scene, tables[:, 0], to_scene, options.background)
+    to_scene = compose(to_scene, ddf)
+    fixed, fixed_label = _see(scene, tables[:, 1], to_scene, options.background)
+    del to_scene
+    moving, fixed = _acquire(stream, torch.cat([moving, fixed], 1), options).split(1, dim=1)
+    return ImagePair(moving, fixed, moving_label, fixed_label, ddf, stream.seeds)
 
 
 def _see(scene: Tensor, table: Tensor, ddf: Tensor, background: str) -> tuple[Tensor, Tensor]:

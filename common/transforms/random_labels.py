@@ -27,7 +27,11 @@ _SLAB_VALUES = {"cpu": 2**21, "cuda": 2**26}
 
 
 def random_labels(
-    stream: RandomStream, spatial_size: Sequence[int], num_labels: int, scale: tuple[float, float]
+    stream: RandomStream,
+    spatial_size: Sequence[int],
+    num_labels: int,
+    scale: tuple[float, float],
+    volume_spread: float = 0.0,
 ) -> Tensor:
     """Draw label maps.
 
@@ -39,6 +43,8 @@ def random_labels(
         spatial_size: of the label maps.
         num_labels: how many labels compete. They are numbered from 1; 0 is kept for what lies outside the image.
         scale: range of the edge of a lattice cell, in voxels. A typical shape is about half as wide.
+        volume_spread: standard deviation of a constant that is added to each label's noise, whose own standard
+            deviation is about 0.25: some labels then take more room than others also in images of many cells.
 
     Returns:
         (B, 1, *spatial_size), uint8 (int16 above 255 labels), values 1 to num_labels.
@@ -48,10 +54,12 @@ def random_labels(
     phases = stream.uniform(num_labels, dims)
     nodes = lattice_shape([n - 1 for n in spatial_size], scale[0])
     gradients = stream.normal(num_labels, dims, *nodes)
-    values = torch.zeros(num_labels, device=stream.device)
+    values = volume_spread * stream.normal(num_labels)
     positions = [torch.arange(n, device=stream.device, dtype=torch.float32) for n in spatial_size]
     maps = [
-        _highest(PerlinLattice(isotropic_gradients(gradients[item]), values, cells[item], phases[item]), positions)
+        _highest(
+            PerlinLattice(isotropic_gradients(gradients[item]), values[item], cells[item], phases[item]), positions
+        )
         for item in range(len(stream))
     ]
     return torch.stack(maps).unsqueeze(1)

@@ -1,0 +1,177 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a file to a network's input: the standard preprocessing of scans and their label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImaged,
+    MapTransform,
+    Orientationd,
+    ResizeWithPadOrCropd,
+    ScaleIntensityd,
+    Spacingd,
+)
+from torch import Tensor
+
+__all__ = ["CheckScand", "ScalePercentilesd", "scan_transforms"]
+
+INTENSITIES = ("percentile", "minmax", "none")
+
+
+def scan_transforms(
+    keys: Sequence[str] = ("image", "label"),
+    spatial_size: Sequence[int] | None = None,
+    orientation: str | None = "RAS",
+    spacing: Sequence[float] | None = None,
+    intensity: str = "percentile",
+    label_keys: Sequence[str] | None = None,
+    allow_missing_keys: bool = False,
+) -> Compose:
+    """Load, orient, resample, window and pad scans, 2-D or 3-D, in the file formats that MONAI reads.
+
+    The results are MetaTensors whose affine belongs to the processed grid; ``meta["original_affine"]`` is the file's,
+    so that what is found on the processed grid can be brought back to the scan.
+
+    Args:
+        keys: entries of an item that hold file names.
+        spatial_size: pad with zeros or crop to this size, alike on both sides; None keeps the size.
+        orientation: axis codes to flip and permute the axes to; None leaves them.
+            For 2-D scans the first two count; MONAI says so in a warning unless ``spatial_size`` has two entries.
+        spacing: voxel size to resample to, in millimetres, linear for images and nearest for labels; None leaves it.
+        intensity: "percentile" brings percentiles 0.5 and 99.5 to 0 and 1, clipped; "minmax" brings minimum and
+            maximum there; "none" keeps the values. A constant image becomes 0 in the first two.
+        label_keys: which of the keys are label maps; None is those whose name contains "label" or "mask".
+        allow_missing_keys: whether items may lack some keys.
+
+    Returns:
+        a transform of dictionaries: images (1, *S) float32, label maps (1, *S) int32.
+
+    Raises:
+        ValueError: when ``intensity`` is unknown or a label key is not among the keys.
+    """
+    if intensity not in INTENSITIES:
+        raise ValueError(f"intensity must be one of {INTENSITIES}, got {intensity!r}")
+    if label_keys is None:
+        label_keys = [key for key in keys if "label" in key or "mask" in key]
+    elif not set(label_keys) <= set(keys):
+        raise ValueError(f"label_keys {list(label_keys)} must be among the keys {list(keys)}")
+    labels = list(label_keys)
+    images = [key for key in keys if key not in labels]
+    both = images + labels
+    missing: dict[str, Any] = {"allow_missing_keys": allow_missing_keys}
+    steps: list[Any] = [LoadImaged(both, image_only=True, **missing), EnsureChannelFirstd(both, **missing)]
+    steps += [CheckScand(both, label_keys=labels, **missing)]
+    if orientation is not None:
+        codes = orientation[: len(spatial_size)] if spatial_size is not None else orientation
+        # These are MONAI's own labels, spelled out because leaving them to the metadata is about to become the default.
+        steps += [Orientationd(both, axcodes=codes, labels=(("L", "R"), ("P", "A"), ("I", "S")), **missing)]
+    if spacing is not None:
+        steps += [Spacingd(images, pixdim=spacing, mode="bilinear", padding_mode="border", **missing)] if images else []
+        steps += [Spacingd(labels, pixdim=spacing, mode="nearest", padding_mode="border", **missing)] if labels else []
+    if intensity == "percentile" and images:
+        steps += [ScalePercentilesd(images, **missing)]
+    elif intensity == "minmax" and images:
+        steps += [ScaleIntensityd(images, minv=0.0, maxv=1.0, **missing)]
+    if spatial_size is not None:
+        steps += [ResizeWithPadOrCropd(both, spatial_size=tuple(spatial_size), mode="constant", **missing)]
+    steps += [EnsureTyped(images, dtype=torch.float32, **missing)] if images else []
+    steps += [EnsureTyped(labels, dtype=torch.int32, **missing)] if labels else []
+    return Compose(steps)
+
+
+class CheckScand(MapTransform):
+    """Refuse what later steps would silently get wrong, with the file's name and both values.
+
+    Args:
+        keys: entries to check; each (C, *S).
+        label_keys: which of them must have integer values.
+        allow_missing_keys: whether items may lack some keys.
+    """
+
+    def __init__(self, keys: Sequence[str], label_keys: Sequence[str] = (), allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.label_keys = tuple(label_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the item as it is.
+
+        Raises:
+            ValueError: when an entry has more than one channel, is not 2-D or 3-D, has values that are not finite, or
+                is a label map with fractional values.
+        """
+        item = dict(data)
+        for key in self.key_iterator(item):
+            scan = item[key]
+            name = f"'{key}' ({getattr(scan, 'meta', {}).get('filename_or_obj', 'not from a file')})"
+            if scan.shape[0] != 1:
+                raise ValueError(
+                    f"{name} has {scan.shape[0]} channels or time points of size {tuple(scan.shape[1:])}, "
+                    "but a scan must have one: choose one, or save them one by one"
+                )
+            if scan.ndim not in (3, 4):
+                raise ValueError(f"{name} must have 2 or 3 axes in space, got size {tuple(scan.shape[1:])}")
+            values = torch.as_tensor(scan)
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{name} has {int((~torch.isfinite(values)).sum())} values that are not finite")
+            if key in self.label_keys and not bool((values == values.round()).all()):
+                raise ValueError(f"{name} must hold whole numbers, as a label map does; is it an image?")
+        return item
+
+
+class ScalePercentilesd(MapTransform):
+    """Bring two percentiles of an image to 0 and 1, clipped. A constant image becomes 0.
+
+    Where most of an image is background, both percentiles may be the same value though the image is not constant: then
+    minimum and maximum take their place.
+
+    Args:
+        keys: entries to scale; each (1, *S).
+        lower: percentile that becomes 0.
+        upper: percentile that becomes 1.
+        allow_missing_keys: whether items may lack some keys.
+    """
+
+    def __init__(
+        self, keys: Sequence[str], lower: float = 0.5, upper: float = 99.5, allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if not 0.0 <= lower < upper <= 100.0:
+            raise ValueError(f"percentiles must be 0 <= lower < upper <= 100, got {lower} and {upper}")
+        self.lower, self.upper = lower, upper
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the item with its images scaled to float32 in [0, 1]."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            item[key] = self._scale(item[key].float())
+        return item
+
+    def _scale(self, image: Tensor) -> Tensor:
+        # kthvalue, since torch.quantile refuses images of more than 2^24 voxels.
+        values = torch.as_tensor(image).flatten()
+        low, high = (_percentile(values, percent) for percent in (self.lower, self.upper))
+        if high <= low:
+            low, high = float(values.min()), float(values.max())
+        return (image - low).div_(high - low if high > low else 1.0).clamp_(0.0, 1.0)
+
+
+def _percentile(values: Tensor, percent: float) -> float:
+    """The percentile of a vector, by the nearest of its values."""
+    rank = 1 + round(percent / 100.0 * (values.numel() - 1))
+    return float(values.kthvalue(rank).values)
