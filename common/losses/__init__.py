@@ -16,7 +16,7 @@ from common.losses.folding import NonDiffeomorphicVolume
 from common.losses.intensity import MSE, GlobalNCC, MutualInformation
 from common.losses.kl import GaussianKL
 from common.losses.lncc import LNCC
-from common.losses.overlap import SoftDice, one_hot
+from common.losses.overlap import SoftDice, WarpedLabelDice, one_hot
 from common.losses.smoothness import BendingEnergy, Diffusion
 from common.losses.weighted import WeightedLosses
 
@@ -30,6 +30,7 @@ __all__ = [
     "MutualInformation",
     "NonDiffeomorphicVolume",
     "SoftDice",
+    "WarpedLabelDice",
     "WeightedLosses",
     "one_hot",
 ]

@@ -90,7 +90,9 @@ class LNCC(nn.Module):
             raise ValueError(f"LNCC: sigma {sigma} is for kernel 'gaussian', but the kernel is 'box'")
         if kernel == "gaussian" and form == "sum":
             raise ValueError("LNCC: form 'sum' is for kernel 'box': the weights of a Gaussian add up to 1")
-        self.sigma = None if kernel == "box" else check_positive("LNCC", "sigma", window / 4.5 if sigma is None else sigma)
+        self.sigma = (
+            None if kernel == "box" else check_positive("LNCC", "sigma", window / 4.5 if sigma is None else sigma)
+        )
 
     def forward(self, moved: Tensor, fixed: Tensor, mask: Tensor | None = None) -> Tensor:
         """Minus the mean squared local correlation.
@@ -110,7 +112,9 @@ class LNCC(nn.Module):
         """
         check_images("LNCC", moved, fixed, mask)
         if self.spatial_dims is not None and moved.ndim != self.spatial_dims + 2:
-            raise ValueError(f"LNCC: expected {self.spatial_dims} spatial axes, got images of shape {tuple(moved.shape)}")
+            raise ValueError(
+                f"LNCC: expected {self.spatial_dims} spatial axes, got images of shape {tuple(moved.shape)}"
+            )
         settings = _Settings(
             Kernel(self.window, self.sigma), self.form == "sum", self.eps, self.floor == "clamp", self.border == "zeros"
         )

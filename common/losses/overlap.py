@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from common.losses.checks import as_float, check_images, full_precision
+from common.losses.checks import as_float, check_ddf, check_images, full_precision
+from common.spatial import warp
 
 
 def one_hot(label: Tensor, labels: Sequence[int]) -> Tensor:
@@ -100,3 +101,43 @@ class SoftDice(nn.Module):
         if self.labels is None:
             raise ValueError(f"SoftDice: {role} holds {label.dtype} labels; name the labels or give it one-hot")
         return one_hot(label, self.labels)
+
+
+class WarpedLabelDice(nn.Module):
+    """:class:`SoftDice` of the fixed labels and the moving labels moved by a field, differentiable in the field.
+
+    Each label is moved as a map of zeros and ones with linear interpolation, so its memory grows with their number.
+
+    Args:
+        labels: the labels that count; leave out the background.
+        padding: what a voxel gets that is pulled from outside, "border" or "zeros" (no label).
+
+    Raises:
+        ValueError: when ``labels`` is empty or repeats one.
+    """
+
+    def __init__(self, labels: Sequence[int], padding: str = "border") -> None:
+        super().__init__()
+        self.dice = SoftDice(labels)
+        self.padding = padding
+
+    def forward(self, moving_label: Tensor, fixed_label: Tensor, ddf: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One minus the mean overlap.
+
+        Args:
+            moving_label: (B, 1, *Sm) integer.
+            fixed_label: (B, 1, *S) integer.
+            ddf: (B, d, *S), voxels.
+            mask: (B or 1, 1, *S), weights of the voxels of the fixed grid.
+
+        Returns:
+            a scalar in [0, 1].
+
+        Raises:
+            ValueError: when shapes do not fit.
+        """
+        check_ddf("WarpedLabelDice", ddf)
+        assert self.dice.labels is not None
+        with full_precision(ddf.device):
+            moved = warp(one_hot(moving_label, self.dice.labels), as_float(ddf), padding=self.padding)
+            return self.dice(moved, one_hot(fixed_label, self.dice.labels), mask)

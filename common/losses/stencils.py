@@ -46,9 +46,7 @@ class Stencil:
     def second_difference(cls, dims: int, first: int, second: int, scale: float = 1.0) -> Stencil:
         """The second difference along two axes: [1, -2, 1] along one, four touching voxels along two."""
         if first == second:
-            return cls(
-                ((_offset(dims, first, first), 1.0), (_offset(dims, first), -2.0), (_offset(dims), 1.0)), scale
-            )
+            return cls(((_offset(dims, first, first), 1.0), (_offset(dims, first), -2.0), (_offset(dims), 1.0)), scale)
         corners = ((first, second), 1.0), ((first,), -1.0), ((second,), -1.0), ((), 1.0)
         return cls(tuple((_offset(dims, *axes), weight) for axes, weight in corners), scale)
 
