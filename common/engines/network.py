@@ -43,7 +43,7 @@ class FieldsModule(nn.Module):
         return self.network.fields(image)
 
 
-def distribute(network: RegistrationNetwork, device: torch.device | str, find_unused: bool = True) -> nn.Module:
+def distribute(network: RegistrationNetwork, device: torch.device | str, find_unused: bool = False) -> nn.Module:
     """Move a network to its device and, where a process group exists, synchronise its gradients.
 
     The network given is the one to make optimisers of and to save: its keys are the same on any number of processes.
@@ -51,7 +51,7 @@ def distribute(network: RegistrationNetwork, device: torch.device | str, find_un
     Args:
         network: the network to train or evaluate.
         device: where it runs.
-        find_unused: let parameters go without a gradient (a head whose term has no weight).
+        find_unused: set it when some parameters get no gradient, such as a head whose loss has weight 0; costs time.
 
     Returns:
         a module that maps ``image`` (B, 2C, *S) to the dictionary of fields.

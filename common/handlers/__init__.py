@@ -18,12 +18,14 @@ from common.handlers.pictures import PictureSaver
 from common.handlers.progress import LossProgressBar
 from common.handlers.table import MetricsTable
 from common.handlers.tensorboard import TensorBoardPictures, TensorBoardScalars
+from common.handlers.writer import RegistrationWriter
 
 __all__ = [
     "CheckpointError",
     "LossProgressBar",
     "MetricsTable",
     "PictureSaver",
+    "RegistrationWriter",
     "SafeCheckpoint",
     "TensorBoardPictures",
     "TensorBoardScalars",

@@ -1,0 +1,98 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a user takes home from a registration: the moved scan, the field and a picture, on the fixed scan's own grid."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+
+from common.handlers.figures import registration_figure
+from common.io import Scan, load_image, save_field, save_image
+from common.spatial import warp, warp_labels
+from common.spatial.world import field_on_grid
+
+__all__ = ["RegistrationWriter"]
+
+logger = logging.getLogger(__name__)
+
+
+class RegistrationWriter:
+    """Write each registered pair of an evaluator to a folder.
+
+    The network saw reoriented, padded, normalised images; the files written here are on the grid of the fixed file,
+    and the moved scan is the moving file itself, interpolated once. A pair gets ``moved.nii.gz``, ``ddf.nii.gz`` (a
+    displacement field that ITK, ANTs and Slicer apply), ``registration.png``, ``metrics.json`` and, when the pair
+    names one, ``moved_label.nii.gz``. Several pairs get a folder each, ``<moving_id>_to_<fixed_id>``.
+
+    Args:
+        output_dir: folder, made when there is something to write.
+        pairs: the pairs in the evaluator's order: ``moving`` and ``fixed`` are files, ``moving_label`` may be.
+        field_format: ``"itk"`` or ``"l2r"``, see :func:`common.io.save_field`.
+    """
+
+    def __init__(self, output_dir: str | Path, pairs: Sequence[Mapping[str, Any]], field_format: str = "itk") -> None:
+        self.output_dir = Path(output_dir)
+        self.pairs = {(_name(p, "moving"), _name(p, "fixed")): p for p in pairs}
+        self.field_format = field_format
+
+    def attach(self, engine: Engine) -> None:
+        """Follow an evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write_batch)
+
+    def _write_batch(self, engine: Engine) -> None:
+        output = engine.state.output
+        for item, names in enumerate(zip(output["moving_id"], output["fixed_id"], strict=True)):
+            folder = self.output_dir if len(self.pairs) == 1 else self.output_dir / "_to_".join(names)
+            self._write(folder, self.pairs[names], output, item)
+            logger.info("wrote %s", folder)
+
+    def _write(self, folder: Path, pair: Mapping[str, Any], output: Mapping[str, Any], item: int) -> None:
+        moving, fixed = load_image(pair["moving"]), load_image(pair["fixed"])
+        seen = output["ddf"][item : item + 1]
+        old = output["fixed_affine"][item], output["moving_affine"][item]
+        new = fixed.array.shape, torch.from_numpy(fixed.affine), torch.from_numpy(moving.affine)
+        ddf, start = field_on_grid(seen, *old, *new), field_on_grid(torch.zeros_like(seen), *old, *new)
+        image = _image(moving, seen.device)
+        moved = warp(image, ddf, padding="zeros")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image(folder / "moved.nii.gz", moved[0, 0].cpu().numpy(), fixed.affine_3d)
+        save_field(folder / "ddf.nii.gz", ddf, fixed.affine_3d, moving.affine_3d, fmt=self.field_format)
+        # Before registration: where the network met the moving scan, which is the centres of both grids together.
+        before = warp(image, start, padding="zeros")
+        figure = registration_figure(before[0], _image(fixed, seen.device)[0], moved[0], ddf[0], **_view(fixed))
+        figure.savefig(folder / "registration.png", dpi=110)
+        if pair.get("moving_label"):
+            label = load_image(pair["moving_label"])
+            volume = torch.from_numpy(label.array.astype("int32"))[None, None].to(seen.device)
+            moved_label = warp_labels(volume, ddf, padding="zeros")
+            save_image(folder / "moved_label.nii.gz", moved_label[0, 0].cpu().numpy(), fixed.affine_3d)
+        metrics = {name: values[item].tolist() for name, values in output["metrics"].items()}
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def _name(pair: Mapping[str, Any], role: str) -> str:
+    return str(pair.get(f"{role}_id") or role)
+
+
+def _image(scan: Scan, device: torch.device) -> Tensor:
+    return torch.from_numpy(scan.array.astype("float32"))[None, None].to(device)
+
+
+def _view(scan: Scan) -> dict[str, Any]:
+    return {"affine": scan.affine_3d} if scan.spatial_dims == 3 else {"spacing": scan.spacing}

@@ -1,0 +1,71 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The grid on which two scans meet in a network."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from common.io.scans import Scan, load_image
+
+__all__ = ["common_grid"]
+
+logger = logging.getLogger(__name__)
+
+
+def common_grid(moving: str | Path, fixed: str | Path, tolerance: float = 0.01) -> dict[str, Any]:
+    """Size and spacing that hold both scans once their axes point right, anterior and superior.
+
+    Smaller scans are padded to it. Scans of one spacing keep their voxels; where the spacings differ by more than
+    ``tolerance``, both take the fixed scan's, and a warning says so.
+
+    Args:
+        moving: file of the moving scan.
+        fixed: file of the fixed scan.
+        tolerance: relative difference of spacing that is ignored.
+
+    Returns:
+        ``spatial_size`` and ``spacing`` (None where nothing needs resampling), options of
+        ``common.transforms.scan_transforms``.
+
+    Raises:
+        ValueError: when one scan is 2-D and the other 3-D.
+    """
+    scans = [load_image(moving), load_image(fixed)]
+    (moving_size, moving_spacing), (fixed_size, fixed_spacing) = (_ras_size_and_spacing(scan) for scan in scans)
+    if len(moving_size) != len(fixed_size):
+        raise ValueError(f"cannot register a {len(moving_size)}-D scan ({moving}) to a {len(fixed_size)}-D one ({fixed})")
+    if np.allclose(moving_spacing, fixed_spacing, rtol=tolerance):
+        return {"spatial_size": [max(pair) for pair in zip(moving_size, fixed_size, strict=True)], "spacing": None}
+    logger.warning(
+        "%s has spacing %s mm and %s has %s mm: the network sees both at the latter; the field is written on the fixed "
+        "scan's own grid",
+        *(moving, np.round(moving_spacing, 4), fixed, np.round(fixed_spacing, 4)),
+    )
+    resampled = [math.ceil(n * s / t) for n, s, t in zip(moving_size, moving_spacing, fixed_spacing, strict=True)]
+    size = [max(pair) for pair in zip(resampled, fixed_size, strict=True)]
+    return {"spatial_size": size, "spacing": [float(s) for s in fixed_spacing]}
+
+
+def _ras_size_and_spacing(scan: Scan) -> tuple[list[int], list[float]]:
+    """Size and spacing in the axis order of a scan turned to RAS; the axes of a slice are left as they are."""
+    shape, spacing = list(scan.array.shape), list(scan.spacing)
+    if scan.spatial_dims == 2:
+        return shape, spacing
+    world = nib.orientations.io_orientation(scan.affine)[:, 0].astype(int).tolist()
+    order = [world.index(axis) for axis in range(3)]
+    return [shape[axis] for axis in order], [spacing[axis] for axis in order]
