@@ -13,8 +13,19 @@
 from __future__ import annotations
 
 from common.data.cohort import Cohort, cohort_from_json, load_cohort
+from common.data.integrity import CohortReport, IntegrityError, check_integrity
 from common.data.pairs import PairDataset
 from common.data.random_pairs import RandomPairDataset
 from common.data.subsets import nested_subset
 
-__all__ = ["Cohort", "PairDataset", "RandomPairDataset", "cohort_from_json", "load_cohort", "nested_subset"]
+__all__ = [
+    "Cohort",
+    "CohortReport",
+    "IntegrityError",
+    "PairDataset",
+    "RandomPairDataset",
+    "check_integrity",
+    "cohort_from_json",
+    "load_cohort",
+    "nested_subset",
+]

@@ -30,6 +30,7 @@ from common.data.datalist import (
     read_json,
     unique_ids,
 )
+from common.data.layouts import list_folders, use_layout
 from common.data.subsets import nested_subset
 
 __all__ = ["Cohort", "cohort_from_json", "load_cohort"]
@@ -58,6 +59,7 @@ class Cohort:
         licence, source: terms of use and where to get the data.
         dataset_dir: the folder that relative paths start from.
         atlas: the subject that serves as atlas, where the JSON names one.
+        evaluation_labels: the label values that published results average over; all foreground labels by default.
         meta: the JSON without its lists.
     """
 
@@ -74,6 +76,7 @@ class Cohort:
     source: str = ""
     dataset_dir: str = ""
     atlas: Entry | None = None
+    evaluation_labels: list[int] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -157,6 +160,8 @@ def load_cohort(
 def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: str | None = None) -> Cohort:
     """Read any accepted dataset JSON; no image is opened.
 
+    Where the JSON knows several ``layouts`` of its files, the first one whose files are there is taken. Where a list
+    is a rule (``{"images": folder, "labels": folder, "count": n}``), the folder's files are listed in natural order.
     Lists of single images under ``validation`` or ``test`` become consecutive pairs (the second is registered to the
     first, the third to the second), which is Learn2Reg's custom.
 
@@ -166,7 +171,7 @@ def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: st
         test_list: key of the list to use as test.
 
     Raises:
-        FileNotFoundError, ValueError: when the JSON is missing or unusable.
+        FileNotFoundError, ValueError: when the JSON is missing or unusable, or a folder has not the files it should.
     """
     content = read_json(path)
     if "training" not in content and "training_paired_images" not in content:
@@ -176,6 +181,10 @@ def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: st
             f"{path} has no list '{test_list}'; it has {[k for k, v in content.items() if isinstance(v, list)]}"
         )
     root = Path(dataset_dir).expanduser().resolve()
+    if content.get("folder") and (root / content["folder"]).is_dir():
+        # What an archive unpacks to; both it and the folder around it are a fair answer to "where are the data?".
+        root = root / content["folder"]
+    content = use_layout(list_folders(content, root), root)
     training = content.get("training", [])
     raw_subjects = [entry for entry in training if not is_pair(entry)]
     raw_pairs = [entry for entry in training if is_pair(entry)] + content.get("training_paired_images", [])
@@ -188,19 +197,21 @@ def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: st
     }
     atlas = parse_subjects([content["atlas"]], f"{path}: atlas") if content.get("atlas") else []
     reader.name_files([*subjects, *atlas], [p for listed in pairs.values() for p in listed])
+    labels = parse_labels(content.get("labels"))
     return Cohort(
         name=str(content.get("name", Path(path).stem)),
-        training=[reader.subject(entry, "train") for entry in subjects],
-        labels=parse_labels(content.get("labels")),
+        training=[reader.subject(entry) for entry in subjects],
+        labels=labels,
+        evaluation_labels=list(content.get("evaluation_labels", [value for value in labels if value != 0])),
         shape=_per_image(content.get("shape", content.get("tensorImageShape")), int),
         spacing=_per_image(content.get("spacing"), float),
         orientation=content.get("orientation"),
         licence=str(content.get("licence", content.get("license", ""))),
         source=str(content.get("source", content.get("reference", ""))),
         dataset_dir=str(root),
-        atlas=reader.subject(atlas[0], "atlas") if atlas else None,
+        atlas=reader.subject(atlas[0]) if atlas else None,
         meta={key: value for key, value in content.items() if not isinstance(value, list)},
-        **{name: [reader.pair(entry, name) for entry in listed] for name, listed in pairs.items()},
+        **{name: [reader.pair(entry) for entry in listed] for name, listed in pairs.items()},
     )
 
 
@@ -237,13 +248,13 @@ class _Reader:
             self.ids[image] = str(entry.get("id", self.ids[image]))
             self.partners[image] = {key: entry[key] for key in ("label", "mask") if key in entry}
 
-    def subject(self, entry: Entry, split: str) -> Entry:
+    def subject(self, entry: Entry) -> Entry:
         """A training subject with its id and absolute paths."""
         image = clean_path(entry["image"])
         paths: Entry = {key: self._absolute(entry[key]) for key in ("image", "label", "mask") if key in entry}
         return {**entry, "id": self.ids[image], **paths}
 
-    def pair(self, entry: Entry, split: str) -> Entry:
+    def pair(self, entry: Entry) -> Entry:
         """A pair with both ids, labels from the same image's other entries, and absolute paths."""
         result = dict(entry)
         for role in ("moving", "fixed"):
