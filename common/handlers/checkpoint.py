@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -36,6 +35,7 @@ from common.handlers.output import (
     gather_objects,
     is_first_rank,
     measurements,
+    rank,
     replacing,
 )
 
@@ -357,11 +357,10 @@ def _all_random_states() -> list[dict[str, Any]]:
 
 
 def _restore_random(states: list[dict[str, Any]]) -> None:
-    rank = idist.get_rank()
-    if rank >= len(states):
-        warnings.warn(f"the checkpoint has random states of {len(states)} ranks, none for rank {rank}", stacklevel=3)
+    if rank() >= len(states):
+        warnings.warn(f"the checkpoint has random states of {len(states)} ranks, none for rank {rank()}", stacklevel=3)
         return
-    state = states[rank]
+    state = states[rank()]
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -19,17 +19,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine
 from torch import Tensor
 
-__all__ = ["RunningMeans", "engine_output", "gather_objects", "is_first_rank", "measurements", "replacing"]
+from common.metrics.base import gather_objects
+
+__all__ = ["RunningMeans", "engine_output", "gather_objects", "is_first_rank", "measurements", "rank", "replacing"]
 
 
 def is_first_rank() -> bool:
     """Whether this process is the one that writes files."""
-    return idist.get_rank() == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """The number of this process among those that train together; 0 for one alone."""
+    # Not ignite.distributed: it remembers a process group that has been destroyed.
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def engine_output(engine: Engine) -> Mapping[str, Any]:
@@ -83,15 +91,6 @@ class RunningMeans:
     def reset(self) -> None:
         """Forget everything."""
         self._sums = {}
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """A plain value of every rank, in the order of ranks; all must call this at the same time."""
-    if idist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * idist.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _add_up(ranks: list[dict[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
@@ -73,6 +72,7 @@ class MetricsTable:
         self.rows: list[Row] = []
         self.summary: dict[str, dict[str, float]] = {}
         self._local: list[Row] = []
+        self._headlines: dict[str, str] = {}
 
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
@@ -92,6 +92,7 @@ class MetricsTable:
             self._local.append(row)
 
     def _named(self, name: str, values: Sequence[float]) -> Row:
+        self._headlines[name] = name if len(values) == 1 else f"{name}_mean"
         if len(values) == 1:
             return {name: values[0]}
         given = self.columns.get(name, self.labels)
@@ -102,7 +103,9 @@ class MetricsTable:
         return {**named, f"{name}_mean": mean}
 
     def _finish(self, engine: Engine) -> None:
-        self.rows = _gather(self._local)
+        ranks = gather_objects((self._local, self._headlines))
+        self.rows = _merge([rows for rows, _ in ranks])
+        self._headlines = {name: column for _, headlines in ranks for name, column in headlines.items()}
         if not is_first_rank() or not self.rows:
             return
         self.summary = _summarise(self.rows)
@@ -115,43 +118,22 @@ class MetricsTable:
 
     def line(self) -> str:
         """The summary in one line."""
-        names = [name for name in self.summary if not _per_label(name, self.summary)]
+        means = {name: _number(self.summary[column]["mean"]) for name, column in self._headlines.items()}
         parts = []
-        for name in names:
-            short = name.removesuffix("_mean")
-            if short.endswith("_before") and _counterpart(name) in self.summary:
-                continue
-            before = [n for n in names if n != name and _counterpart(n) == name]
-            start = f"{_number(self.summary[before[0]]['mean'])} -> " if before else ""
-            parts.append(f"{short} {start}{_number(self.summary[name]['mean'])}")
+        for name, mean in means.items():
+            before = means.get(f"{name}_before")
+            if name.removesuffix("_before") == name or name.removesuffix("_before") not in means:
+                parts.append(f"{name} {mean}" if before is None else f"{name} {before} -> {mean}")
         return ", ".join(parts)
 
 
 _STATISTICS = ("mean", "std", "median", "min", "max", "count")
 
 
-def _counterpart(name: str) -> str:
-    """``dice_before_mean`` to ``dice_mean``; other names as they are."""
-    return name.replace("_before", "", 1) if name.removesuffix("_mean").endswith("_before") else name
-
-
-def _per_label(name: str, names: Mapping[str, Any]) -> bool:
-    """Whether a column is one of several of a metric that has a mean column too."""
-    return not name.endswith("_mean") and any(
-        other.endswith("_mean") and name.startswith(other.removesuffix("mean")) and _same_stage(name, other)
-        for other in names
-    )
-
-
-def _same_stage(name: str, other: str) -> bool:
-    return ("_before" in name) == ("_before" in other)
-
-
-def _gather(rows: list[Row]) -> list[Row]:
+def _merge(ranks: list[list[Row]]) -> list[Row]:
     """All ranks' rows in the order of the data (samplers deal items out in turn), without repeated pairs."""
-    if idist.get_world_size() == 1:
-        return list(rows)
-    ranks = gather_objects(rows)
+    if len(ranks) == 1:
+        return list(ranks[0])
     merged = [row for turn in itertools.zip_longest(*ranks) for row in turn if row is not None]
     seen: dict[Any, Row] = {}
     for index, row in enumerate(merged):

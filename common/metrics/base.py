@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import ignite.distributed as idist
 import torch
+import torch.distributed as dist
 from monai.metrics import CumulativeIterationMetric
-from monai.utils import evenly_divisible_all_gather
 from torch import Tensor
 
-__all__ = ["RegistrationMetric", "DEFINITIONS", "check_definition", "per_item_spacing", "nan_mean"]
+__all__ = ["RegistrationMetric", "DEFINITIONS", "check_definition", "per_item_spacing", "nan_mean", "gather_objects"]
 
 DEFINITIONS = ("standard", "learn2reg")
 
@@ -83,6 +82,7 @@ class RegistrationMetric(CumulativeIterationMetric):
 
     columns: tuple[str, ...] = ("",)
     _buffers: list[list[Tensor]] | None
+    _synced_tensors: list[Tensor] | None
     _synced: bool
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:  # type: ignore[override]
@@ -112,14 +112,22 @@ class RegistrationMetric(CumulativeIterationMetric):
         return nan_mean(nan_mean(rows, 1), 0)
 
     def _sync(self) -> None:
-        if self._buffers is None and not self._synced and idist.get_world_size() > 1:
-            self._buffers = [[]]
-        if self._buffers == [[]]:
-            nothing = torch.zeros((0, len(self.columns)), device=idist.device())
-            self._synced_tensors = [evenly_divisible_all_gather(nothing, concat=True)]
-            self._synced = True
+        if self._synced:
             return
-        super()._sync()
+        rows = torch.stack(self._buffers[0]) if self._buffers else None
+        # Through the CPU: rows are few, and a rank without any has no device to go by.
+        parts = [part for part in gather_objects(None if rows is None else rows.cpu()) if part is not None]
+        self._synced_tensors = [torch.cat(parts).to(parts[0] if rows is None else rows)] if parts else None
+        self._synced = True
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A value of every rank, in the order of ranks; all must call this at the same time."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _as_batch(value: Any) -> Any:
