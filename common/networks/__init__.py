@@ -25,7 +25,7 @@ from common.networks.base import (
     to_image_grid,
 )
 from common.networks.blocks import ConvUnit, FlowHead, InstanceNorm, UpStage, upsample_to
-from common.networks.convolution import convolution
+from common.networks.convolution import convolution, convolve
 from common.networks.factory import ENCODER_PRESETS, build_encoder
 from common.networks.swin import SwinEncoder
 from common.networks.transmorph_tvf import PyramidDecoder, TimeSteps, TransMorphTVF, TVFOutput
@@ -55,6 +55,7 @@ __all__ = [
     "average_pool",
     "build_encoder",
     "convolution",
+    "convolve",
     "crop_to",
     "encode_pair",
     "interpolate_bias_tables",

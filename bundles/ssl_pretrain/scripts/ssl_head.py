@@ -19,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.networks import Encoder, FlowHead, InstanceNorm, convolution, paired_channels, to_image_grid, upsample_to
+from common.networks import (
+    Encoder,
+    FlowHead,
+    InstanceNorm,
+    convolution,
+    convolve,
+    paired_channels,
+    to_image_grid,
+    upsample_to,
+)
 
 __all__ = ["GaussianField", "GaussianFlowHead", "LevelBlock", "SSLHead"]
 
@@ -58,7 +67,7 @@ class LevelBlock(nn.Module):
 
 
 class GaussianFlowHead(nn.Module):
-    """Mean and log-variance of a field, each by one convolution.
+    """Mean and log-variance of a field, each by a convolution; the two run as one, in float32.
 
     Args:
         spatial_dims: 2 or 3.
@@ -72,7 +81,11 @@ class GaussianFlowHead(nn.Module):
 
     def forward(self, x: Tensor) -> GaussianField:
         """Features (B, in_channels, *S) to a distribution on S."""
-        return GaussianField(self.mean(x), self.logvar(x))
+        weight = torch.cat((self.mean.conv.weight, self.logvar.conv.weight))
+        bias = torch.cat((self.mean.conv.bias, self.logvar.conv.bias))
+        with torch.autocast(x.device.type, enabled=False):
+            mean, logvar = convolve(x.float(), weight, bias).chunk(2, dim=1)
+        return GaussianField(mean, logvar)
 
 
 class SSLHead(nn.Module):
