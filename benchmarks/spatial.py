@@ -69,10 +69,13 @@ def measure(size: int = SIZE, repeats: int = 7, thread_counts: tuple[int, ...] =
 
 
 def smooth_field(size: int, amplitude: float = 3.0) -> Tensor:
-    """A field of waves (1, 3, size, size, size), ``amplitude`` voxels high: smooth, as real ones are."""
+    """A field of waves (1, 3, size, size, size), ``amplitude`` voxels high: smooth, as real ones are.
+
+    Shifted off the voxels, where linear interpolation has two derivatives and rounding would choose between them.
+    """
     phase = identity_grid((size,) * 3) * (4 * math.pi / size)
     waves = [torch.sin(phase[1]) * torch.cos(phase[2]), torch.cos(phase[0] + 0.3), torch.sin(phase[0] + phase[1])]
-    return amplitude * torch.stack(waves).unsqueeze(0)
+    return amplitude * torch.stack(waves).unsqueeze(0) + 0.37
 
 
 def _forward_backward(

@@ -70,7 +70,9 @@ def invert(ddf: Tensor, *, max_iterations: int = 50, tolerance: float = 1e-3, pa
         converged = residual <= tolerance
         if bool(converged.all()) or iterations >= max_iterations:
             break
-        inverse, iterations = back, iterations + 1
+        # Items that are done rest, so that none depends on what it shares its batch with.
+        inverse = torch.where(converged.view(-1, *(1,) * (ddf.dim() - 1)), inverse, back)
+        iterations += 1
     if not bool(converged.all()):
         warnings.warn(
             f"no inverse within {tolerance} voxels after {iterations} iterations: residuals {residual.tolist()}",

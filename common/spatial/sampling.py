@@ -20,6 +20,7 @@ is therefore handed over as parts of the output, each an item that looks into th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ def sample_backward(
     operators = torch.ops.aten
     backward = operators.grid_sampler_2d_backward if grid.shape[-1] == 2 else operators.grid_sampler_3d_backward
     # Each part adds up an image gradient of its own: as many copies as there are parts.
-    parts = _parts(grid, max_parts=8 if wanted[0] else 1024)
+    parts = _parts(grid, max_parts=4 if wanted[0] else 1024)
     if parts == 1:
         for_image, for_grid = backward(gradient, image, grid, 0, code, False, list(wanted))
         return for_image, for_grid
@@ -119,9 +120,10 @@ def _parts(grid: Tensor, max_parts: int) -> int:
     if grid.device.type != "cpu" or len(grid) >= threads or torch.jit.is_tracing():
         return 1
     rows = grid[0, ..., 0, 0].numel()
-    # The smallest number that keeps all threads busy and divides the rows; small grids are not worth the parting.
-    wanted = range(threads, min(max_parts, rows // 64) + 1)
-    return next((parts for parts in wanted if rows % parts == 0), 1)
+    most = min(max_parts, rows // 64)  # fewer rows in a part are not worth the parting
+    # Just enough to occupy all threads, or as near to it as may be.
+    candidates = itertools.chain(range(threads, most + 1), range(min(most, threads - 1), 1, -1))
+    return next((parts for parts in candidates if rows % parts == 0), 1)
 
 
 def _fold(grid: Tensor, parts: int) -> Tensor:
