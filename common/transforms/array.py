@@ -20,7 +20,7 @@ import torch
 from monai.transforms import RandomizableTransform
 from torch import Tensor
 
-from common.transforms.random_images import PairOptions, generate_pair
+from common.transforms.random_images import PairOptions, checked_size, generate_pair
 
 __all__ = ["RandImagePair"]
 
@@ -37,14 +37,14 @@ class RandImagePair(RandomizableTransform):
         options: fields of :py:class:`common.transforms.PairOptions`.
 
     Raises:
-        ValueError: when an option is out of its range.
+        ValueError: when the size is not 2-D or 3-D, or an option is out of its range.
         TypeError: when an option is unknown.
     """
 
     def __init__(self, spatial_size: Sequence[int], device: torch.device | str = "cpu", **options: Any) -> None:
         super().__init__(prob=1.0)
         PairOptions(**options)  # complain now rather than at the first call
-        self.spatial_size = tuple(int(n) for n in spatial_size)
+        self.spatial_size = checked_size(spatial_size)
         self.device = torch.device(device)
         self.options = options
         self._seed: int | None = None

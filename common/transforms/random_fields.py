@@ -132,7 +132,7 @@ def _unfolded(velocity: Tensor) -> tuple[Tensor, Tensor]:
     # Far beyond what can be held: get there at once.
     factor = (_STEEPEST / steepest).clamp(max=1.0)
     while True:
-        moving, fixed = (velocity * factor.view(-1, *(1,) * (dims + 1))).unbind(1)
+        moving, fixed = (velocity * factor.view(-1, *(1,) * (velocity.dim() - 1))).unbind(1)
         inverse, moving, fixed = integrate(torch.cat([-moving, moving, fixed])).chunk(3)
         ddf = compose(inverse, fixed)
         holds = torch.minimum(smallest_determinant(ddf), smallest_determinant(moving)) > 0

@@ -151,13 +151,23 @@ def generate_pair(
         ValueError: when the size is not 2-D or 3-D, or an option is out of its range.
         TypeError: when an option is unknown.
     """
-    size = tuple(int(n) for n in spatial_size)
-    if len(size) not in (2, 3) or min(size) < 1:
-        raise ValueError(f"spatial_size must be 2 or 3 positive numbers, got {tuple(spatial_size)}")
+    size = checked_size(spatial_size)
     chosen = PairOptions(**options)
     stream = RandomStream(item_seeds(batch_size, seed, generator), device)
     with torch.autocast(stream.device.type, enabled=False):
         return _generate(stream, size, chosen)
+
+
+def checked_size(spatial_size: Sequence[int]) -> tuple[int, ...]:
+    """The size as a tuple of integers.
+
+    Raises:
+        ValueError: when it is not 2-D or 3-D, or not positive.
+    """
+    size = tuple(int(n) for n in spatial_size)
+    if len(size) not in (2, 3) or min(size) < 1:
+        raise ValueError(f"spatial_size must be 2 or 3 positive numbers, got {tuple(spatial_size)}")
+    return size
 
 
 def _generate(stream: RandomStream, size: tuple[int, ...], options: PairOptions) -> ImagePair:
@@ -172,7 +182,8 @@ def _generate(stream: RandomStream, size: tuple[int, ...], options: PairOptions)
     to_scene = compose(to_scene, ddf)
     fixed, fixed_label = _see(scene, tables[:, 1], to_scene, options.background)
     del to_scene
-    moving, fixed = _acquire(stream, torch.cat([moving, fixed], 1), options).split(1, dim=1)
+    same_contrast = (tables[:, 0] == tables[:, 1]).all(1)
+    moving, fixed = _acquire(stream, torch.cat([moving, fixed], 1), same_contrast, options).split(1, dim=1)
     return ImagePair(moving, fixed, moving_label, fixed_label, ddf, stream.seeds)
 
 
@@ -182,26 +193,29 @@ def _see(scene: Tensor, table: Tensor, ddf: Tensor, background: str) -> tuple[Te
     return warp(look_up(table, scene), ddf, padding=background), label.int()
 
 
-def _acquire(stream: RandomStream, images: Tensor, options: PairOptions) -> Tensor:
+def _acquire(stream: RandomStream, images: Tensor, same_contrast: Tensor, options: PairOptions) -> Tensor:
     """What a scanner does to (B, 2, *S) images: blur, bias, noise, and at last a window to [0, 1] and a gamma curve.
 
+    Images of the same contrast share their window, otherwise moving(x + ddf(x)) would not equal fixed(x).
     All draws but the voxels' noise are made whatever the options, so that switching one on changes nothing else.
     """
-    sigma = stream.uniform(2, low=options.blur_sigma[0], high=options.blur_sigma[1]) * stream.chance(
-        options.blur_prob, 2
-    )
-    std = stream.uniform(2, low=options.noise_std[0], high=options.noise_std[1]) * stream.chance(options.noise_prob, 2)
-    strength = stream.uniform(2, low=options.bias_strength[0], high=options.bias_strength[1])
-    strength = strength * stream.chance(options.bias_prob, 2)
-    curve = stream.uniform(2, low=math.log(options.gamma[0]), high=math.log(options.gamma[1]))
-    gamma = torch.exp(curve * stream.chance(options.gamma_prob, 2))
-    images = blur(images, sigma)
+    sigma = _sometimes(stream, options.blur_sigma, options.blur_prob)
+    std = _sometimes(stream, options.noise_std, options.noise_prob)
+    strength = _sometimes(stream, options.bias_strength, options.bias_prob)
+    gamma = _sometimes(stream, (math.log(options.gamma[0]), math.log(options.gamma[1])), options.gamma_prob).exp()
+    if options.blur_prob > 0:
+        images = blur(images, sigma)
     if options.bias_prob > 0:
         images = images * bias_field(stream, images.shape[2:], strength)
     if options.noise_prob > 0:
         images = images + stream.voxel_noise(*images.shape[1:]) * _spread(std, images)
-    images = rescale_intensity(images)
+    images = rescale_intensity(images, same_contrast)
     return images ** _spread(gamma, images) if options.gamma_prob > 0 else images
+
+
+def _sometimes(stream: RandomStream, limits: Range, probability: float) -> Tensor:
+    """(B, 2) numbers, uniform within the limits with the given probability, otherwise 0."""
+    return stream.uniform(2, low=limits[0], high=limits[1]) * stream.chance(probability, 2)
 
 
 def _spread(values: Tensor, images: Tensor) -> Tensor:

@@ -99,8 +99,17 @@ def bias_field(stream: RandomStream, spatial_size: Sequence[int], strength: Tens
     return perlin(lattice, positions).exp_().view(*strength.shape, *spatial_size)
 
 
-def rescale_intensity(images: Tensor) -> Tensor:
-    """Bring each (batch, channel) image linearly to [0, 1]; a constant image becomes 0."""
+def rescale_intensity(images: Tensor, together: Tensor) -> Tensor:
+    """Bring images linearly to [0, 1]; a constant image becomes 0.
+
+    Args:
+        images: (B, C, *S).
+        together: (B,) booleans: True takes one minimum and maximum for all channels of the item, so that what was equal
+            in them stays equal; False takes each channel's own.
+    """
     axes = tuple(range(2, images.ndim))
     low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
+    together = together.view(-1, *(1,) * (images.ndim - 1))
+    low = torch.where(together, low.amin(1, keepdim=True), low)
+    high = torch.where(together, high.amax(1, keepdim=True), high)
     return ((images - low) / (high - low).clamp(min=1e-6)).clamp_(0.0, 1.0)
