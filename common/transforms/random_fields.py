@@ -40,8 +40,8 @@ def random_pair_fields(
     With stationary velocities v_m and v_f the two images see the scene S through phi_m = exp(v_m) and phi_f = exp(v_f).
     The answer is phi_m^-1 o phi_f, and phi_m^-1 = exp(-v_m) needs no inversion. To leave no discretisation error
     between answer and images, the fixed image should see the scene through *phi_m o (id + ddf)*, that is
-    ``compose(moving, ddf)``, in place of exp(v_f): it differs by a fraction of a voxel, which nobody can see, and the
-    answer is exact, which everybody can measure.
+    ``compose(moving, ddf)``, in place of exp(v_f). Which of the two it sees is of no consequence (they differ by 0.04
+    voxels on average at amplitude 6, 0.25 at 18), but with the former the answer is exact to rounding.
 
     Velocities are smooth, so they are integrated on a grid with eight samples a noise cell, about a quarter of the
     image's resolution.
