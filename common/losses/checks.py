@@ -115,13 +115,14 @@ def spacing_for(name: str, spacing: tuple[float, ...] | None, spatial_dims: int)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of ``values`` weighted by ``mask`` (broadcast); 0, with zero gradient, where the mask is empty."""
+    """The mean of ``values`` weighted by ``mask`` (broadcast); 0, with zero gradient, where the mask is empty.
+
+    Values outside the mask must be finite: 0 times NaN is NaN.
+    """
     if mask is None:
         return values.mean()
     weights = mask.to(values.dtype).expand_as(values)
-    # torch.where rather than a product: a NaN outside the mask must not reach the sum.
-    total = torch.where(weights > 0, values * weights, torch.zeros_like(values)).sum()
-    return total / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def check_choice(name: str, option: str, value: str, choices: Sequence[str]) -> str:

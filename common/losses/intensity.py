@@ -39,6 +39,8 @@ class MSE(nn.Module):
         check_images("MSE", moved, fixed, mask)
         with full_precision(moved.device):
             difference = as_float(moved) - as_float(fixed)
+            if mask is not None:
+                difference = difference.where(mask > 0, 0.0)  # not a product, which would let NaN through
             return masked_mean(difference * difference, mask)
 
 

@@ -13,13 +13,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from common.losses.checks import as_float, full_precision
 
-Levels = Tensor | Sequence[Tensor]
+Levels: TypeAlias = Tensor | Sequence[Tensor]
 
 
 class GaussianKL(nn.Module):

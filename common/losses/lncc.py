@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from common.losses.checks import as_float, check_choice, check_images, check_positive, full_precision
+from common.losses.gradients import scaled_gradient
 from common.losses.windows import Kernel, Moments, window_moments, window_sums
 
 # Voxels worked on at a time. On a CPU the maps of a piece then stay in its cache, which about halves the time; a GPU
@@ -45,7 +45,8 @@ class LNCC(nn.Module):
 
     Statistics are float32 (float64 for float64 images) whatever autocast says, and free of cancellation; see
     :mod:`common.losses.windows`. The gradient is computed along with the value, piece by piece, and only the gradient
-    is kept, so memory stays at a few images. It cannot be differentiated a second time.
+    is kept, so memory stays at a few images. To differentiate it a
+    second time is an error.
 
     Args:
         window: voxels along each side of the window, odd, at least 3. It may exceed the image.
@@ -155,14 +156,17 @@ class _LocalCorrelation(torch.autograd.Function):
     ) -> Tensor:
         value, gradients = _value_and_gradients(moved, fixed, mask, settings, needed)
         ctx.needed = needed
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(moved, fixed, *gradients)
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = iter(ctx.saved_tensors)
-        return *(upstream * next(gradients) if needed else None for needed in ctx.needed), None, None, None
+        sources, gradients = ctx.saved_tensors[:2], iter(ctx.saved_tensors[2:])
+        both = (
+            scaled_gradient(upstream, next(gradients), source) if needed else None
+            for source, needed in zip(sources, ctx.needed, strict=True)
+        )
+        return *both, None, None, None
 
 
 class _Piece(NamedTuple):

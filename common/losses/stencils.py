@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from common.losses.gradients import scaled_gradient
 
 # Voxels worked on at a time on a CPU, so that the maps stay in its cache.
 _PIECE_CPU = 2**18
@@ -94,14 +95,13 @@ class _StencilEnergy(torch.autograd.Function):
                 if stencil.scale and stencil.places(flat.shape[1:]):
                     total += _one(flat[items], stencil, absolute, slope)
         if gradient is not None:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(field, gradient)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = upstream * ctx.saved_tensors[0] if ctx.saved_tensors else None
-        return gradient, None, None, None
+        field, gradient = ctx.saved_tensors
+        return scaled_gradient(upstream, gradient, field), None, None, None
 
 
 def _one(field: Tensor, stencil: Stencil, absolute: bool, gradient: Tensor | None) -> Tensor:

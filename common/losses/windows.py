@@ -14,7 +14,8 @@ The textbook form E[x²] - E[x]² loses every digit in float32 once an image's l
 its local deviation; variances then come out negative and correlations outside [-1, 1]. Here the statistics of a window
 are merged from those of smaller windows by the rule of Chan, Golub and LeVeque ("Updating formulae and a pairwise
 algorithm for computing sample variances", 1979): spreads add, plus the squared distance of the two means. Nothing is
-ever subtracted from a spread, so it is never negative and keeps float32's precision. A box of k voxels along an axis
+ever subtracted from a spread, so it is never negative, exactly 0 where the image is constant, and rounding is in
+proportion to the local mean over the local deviation, not to its square. A box of k voxels along an axis
 is merged from windows of 1, 2, 4, ... voxels, in log2(k) steps; axes follow one another, as the windows are separable.
 """
 
