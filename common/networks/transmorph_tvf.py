@@ -226,7 +226,7 @@ class TransMorphTVF(RegistrationNetwork):
             runs at full resolution.
         norm: of the units that see the images, "instance" or "batch".
         padding: outside the grid, "border" or "zeros".
-        use_checkpoint: recompute the time steps in the backward pass.
+        use_checkpoint: recompute the time steps in the backward pass; batch norms then update their statistics twice.
     """
 
     def __init__(

@@ -147,7 +147,7 @@ class _Bomb:
 def test_files_that_would_run_code_are_refused(tmp_path: Path) -> None:
     zipped, bare = tmp_path / "zipped.pth.tar", tmp_path / "bare.pkl"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "extra": _Bomb()}, zipped)
-    bare.write_bytes(pickle.dumps({"state_dict": _Bomb()}))
+    bare.write_bytes(pickle.dumps({"state_dict": _Bomb()}, protocol=2))
     for path in (zipped, bare):
         with pytest.raises(ValueError, match="nothing else is unpickled"):
             read_checkpoint(path)

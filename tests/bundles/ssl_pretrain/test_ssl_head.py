@@ -20,6 +20,7 @@ from torch import nn
 from bundles.ssl_pretrain.scripts.ssl_head import SSLHead
 from bundles.ssl_pretrain.scripts.ssl_network import SSLRegistration
 from common.networks import SwinEncoder, VFAEncoder, VoxelMorphEncoder, build_encoder
+from common.spatial import warp
 
 _TINY: dict[str, dict[str, Any]] = {
     "swin": {"embed_dim": 8, "depths": (1, 2), "num_heads": (2, 2), "window_size": 2, "drop_path": 0.0},
@@ -120,3 +121,23 @@ def test_a_checkpoint_serves_every_size(tmp_path: Any) -> None:
 def test_options_for_a_built_encoder_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\['embed_dim'\] have no effect"):
         SSLRegistration(SwinEncoder(2), encoder_options={"embed_dim": 8})
+
+
+@pytest.mark.parametrize("name", sorted(_TINY))
+def test_it_learns_to_register_a_pair(name: str) -> None:
+    network = _network(name, downsample=1)
+    position = torch.arange(32.0)
+    moving = torch.exp(-((position - 12) ** 2).view(1, 1, -1, 1) / 30 - ((position - 18) ** 2) / 30)
+    fixed = torch.exp(-((position - 16) ** 2).view(1, 1, -1, 1) / 30 - ((position - 15) ** 2) / 30)
+    image = torch.cat((moving, fixed), dim=1)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    before = ((moving - fixed) ** 2).mean().item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        ddf = network(image)
+        (((warp(moving, ddf) - fixed) ** 2).mean() + 1e-4 * (ddf.diff(dim=2) ** 2).mean()).backward()
+        optimizer.step()
+    ddf = network.eval()(image)
+    assert ((warp(moving, ddf) - fixed) ** 2).mean().item() < 0.2 * before
+    # The blob lies at (12, 18) in the moving image and at (16, 15) in the fixed one.
+    torch.testing.assert_close(ddf[0, :, 16, 15], torch.tensor([-4.0, 3.0]), atol=1.5, rtol=0)

@@ -207,3 +207,25 @@ def test_wrong_arguments_are_named() -> None:
         _network(steps=0)
     with pytest.raises(ValueError, match="norm must be"):
         _network(norm="group")
+
+
+@pytest.mark.parametrize(
+    ("update", "diffeomorphic"), [("composition", True), ("addition", True), ("composition", False)]
+)
+def test_it_learns_to_register_a_pair(update: str, diffeomorphic: bool) -> None:
+    network = _network("voxelmorph", update=update, diffeomorphic=diffeomorphic)
+    position = torch.arange(32.0)
+    moving = torch.exp(-((position - 12) ** 2).view(1, 1, -1, 1) / 30 - ((position - 18) ** 2) / 30)
+    fixed = torch.exp(-((position - 16) ** 2).view(1, 1, -1, 1) / 30 - ((position - 15) ** 2) / 30)
+    image = torch.cat((moving, fixed), dim=1)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    before = ((moving - fixed) ** 2).mean().item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        ddf = network(image)
+        (((warp(moving, ddf) - fixed) ** 2).mean() + 1e-4 * (ddf.diff(dim=2) ** 2).mean()).backward()
+        optimizer.step()
+    ddf = network(image)
+    assert ((warp(moving, ddf) - fixed) ** 2).mean().item() < 0.2 * before
+    # The blob lies at (12, 18) in the moving image and at (16, 15) in the fixed one.
+    torch.testing.assert_close(ddf[0, :, 16, 15], torch.tensor([-4.0, 3.0]), atol=1.5, rtol=0)
