@@ -155,7 +155,7 @@ def resume_from(
         _restore(target, content[name], Path(path))
     trainer.state.epoch, trainer.state.iteration = progress["epoch"], progress["iteration"]
     if checkpoint is not None:
-        checkpoint.best, checkpoint.best_epoch = content["best"]["value"], content["best"]["epoch"]
+        checkpoint.restore_best(content["best"]["value"], content["best"]["epoch"])
     _restore_random(content["rng"])
     _at_start(trainer, content)
 
@@ -223,6 +223,12 @@ class SafeCheckpoint:
             self.evaluator.add_event_handler(Events.COMPLETED, self._validated)
         if self.resume is not None and not (self._resume_if_there and not Path(self.resume).is_file()):
             resume_from(self.resume, trainer, self.objects, self)
+
+    def restore_best(self, value: float | None, epoch: int | None) -> None:
+        """Go on from the best value of an earlier run, here and in a MONAI evaluator."""
+        self.best, self.best_epoch = value, epoch
+        if value is not None and self.evaluator is not None and hasattr(self.evaluator.state, "best_metric_epoch"):
+            self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = value, epoch
 
     def _started(self, trainer: Engine) -> None:
         if not trainer.has_event_handler(self._epoch_completed):

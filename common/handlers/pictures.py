@@ -25,11 +25,11 @@ from torch import Tensor
 
 from common.handlers.figures import figure_to_array, registration_figure
 from common.handlers.output import engine_output, is_first_rank
+from common.spatial import warp, warp_labels
 
 __all__ = ["PictureHandler", "PictureSaver", "pair_name"]
 
-_NEEDED = ("moving", "fixed", "moved", "ddf")
-_LABELS = ("moving_label", "fixed_label", "moved_label")
+_NEEDED = ("moving", "fixed", "ddf")
 
 
 def pair_name(output: Mapping[str, Any], item: int, number: int) -> str:
@@ -39,6 +39,17 @@ def pair_name(output: Mapping[str, Any], item: int, number: int) -> str:
         return f"pair_{number:04d}"
     moving, fixed = (re.sub(r"[^\w.-]+", "_", str(values[item])).strip("._") or "id" for values in ids if values)
     return f"{moving}_to_{fixed}"
+
+
+def _item(output: Mapping[str, Any], item: int) -> dict[str, Tensor]:
+    """One pair's tensors on the CPU, with what a trainer may not have needed: the moved image and label."""
+    names = (*_NEEDED, "moved", "moving_label", "fixed_label", "moved_label")
+    batch = {name: output[name][item : item + 1].detach() for name in names if output.get(name) is not None}
+    if "moved" not in batch:
+        batch["moved"] = warp(batch["moving"], batch["ddf"])
+    if "moving_label" in batch and "moved_label" not in batch:
+        batch["moved_label"] = warp_labels(batch["moving_label"], batch["ddf"])
+    return {name: value[0].cpu() for name, value in batch.items()}
 
 
 class PictureHandler:
@@ -78,12 +89,9 @@ class PictureHandler:
             raise KeyError(f"a picture needs {missing}; the engine's output has {sorted(output)}")
         for item in range(min(len(output["ddf"]), self.count - self._drawn)):
             name = pair_name(output, item, self._drawn)
-            images = {key: output[key][item].detach().cpu() for key in _NEEDED}
-            labels = {key: output[key][item].detach().cpu() for key in _LABELS if output.get(key) is not None}
             title = f"{name.replace('_to_', ' to ')}, epoch {engine.state.epoch}"
-            figure = registration_figure(
-                **images, **labels, title=title, spacing=self.spacing, affine=self._affine(output, item)
-            )
+            affine = self._affine(output, item)
+            figure = registration_figure(**_item(output, item), title=title, spacing=self.spacing, affine=affine)
             self._keep(figure_to_array(figure, self.dpi), engine, self._drawn, name)
             self._drawn += 1
 

@@ -63,12 +63,12 @@ class LossProgressBar:
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._abort)
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self._close)
 
     def _start(self, engine: Engine) -> None:
         self._means.reset()
         self._shown = time.monotonic()
+        self._close()  # of a run that ended with an error
         if self.terminal:
             self._bar = tqdm(total=engine.state.epoch_length, desc=self._title(engine), leave=False, dynamic_ncols=True)
 
@@ -96,10 +96,6 @@ class LossProgressBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    def _abort(self, error: BaseException) -> None:
-        self._close()
-        raise error
 
     def _title(self, engine: Engine) -> str:
         return f"{self.name} epoch {engine.state.epoch}/{engine.state.max_epochs}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.metrics.base import RegistrationMetric
 
-__all__ = ["DiceScore", "label_counts", "check_labels", "check_label_maps"]
+__all__ = ["DiceScore", "label_codes", "label_counts", "check_labels", "check_label_maps"]
 
 
 def check_labels(labels: Sequence[int]) -> tuple[int, ...]:
@@ -49,12 +49,18 @@ def check_label_maps(**maps: Tensor | None) -> None:
         raise ValueError(f"the label maps must have one shape, got {shapes}")
 
 
-def label_counts(values: Tensor, labels: Sequence[int]) -> Tensor:
-    """Count the voxels of each label: (B, ...) whole numbers to (B, K) float64."""
-    wanted = torch.as_tensor(list(labels), device=values.device)
-    flat = values.reshape(values.shape[0], -1)
-    # One pass per label needs no (B, K, N) comparison, which at 133 labels and 7 million voxels would not fit.
-    return torch.stack([(flat == label).sum(1) for label in wanted], dim=1).double()
+def label_codes(values: Tensor, labels: Sequence[int]) -> Tensor:
+    """Replace each label by its place in ``labels``, and anything else by ``len(labels)``; int64."""
+    exact = (values.double() if values.is_floating_point() else values.long()).contiguous()
+    ordered, order = torch.as_tensor(list(labels), device=values.device, dtype=exact.dtype).sort()
+    place = torch.searchsorted(ordered, exact).clamp_max(len(labels) - 1)
+    return torch.where(ordered[place] == exact, order[place], len(labels))
+
+
+def label_counts(codes: Tensor, count: int) -> Tensor:
+    """How often each code below ``count`` occurs in each item: (B, ...) to (B, count) float64."""
+    flat = codes.reshape(codes.shape[0], -1)
+    return torch.stack([torch.bincount(item, minlength=count + 1)[:count] for item in flat]).double()
 
 
 class DiceScore(RegistrationMetric):
@@ -83,13 +89,10 @@ class DiceScore(RegistrationMetric):
         self, moved_label: Tensor, fixed_label: Tensor, moving_label: Tensor | None = None
     ) -> Tensor:
         check_label_maps(moved_label=moved_label, fixed_label=fixed_label)
-        moved, fixed = label_counts(moved_label, self.labels), label_counts(fixed_label, self.labels)
-        agreed = torch.where(moved_label == fixed_label, fixed_label, self._no_label())
-        both = label_counts(agreed, self.labels)
-        before = moved if moving_label is None else label_counts(moving_label, self.labels)
-        absent = (fixed == 0) | (before == 0)
-        score = 2 * both / (moved + fixed).clamp_min(1)
-        return score.masked_fill(absent, float("nan")).float()
-
-    def _no_label(self) -> int:
-        return next(value for value in range(len(self.labels) + 1) if value not in self.labels)
+        count = len(self.labels)
+        moved, fixed = label_codes(moved_label, self.labels), label_codes(fixed_label, self.labels)
+        both = label_counts(torch.where(moved == fixed, fixed, count), count)
+        moved_size, fixed_size = label_counts(moved, count), label_counts(fixed, count)
+        before = moved_size if moving_label is None else label_counts(label_codes(moving_label, self.labels), count)
+        score = 2 * both / (moved_size + fixed_size).clamp_min(1)
+        return score.masked_fill((fixed_size == 0) | (before == 0), float("nan")).float()

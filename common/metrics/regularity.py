@@ -12,13 +12,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from common.metrics.base import RegistrationMetric, check_definition
-from common.spatial import digital_jacobian_determinants, jacobian_determinant
+from common.spatial import jacobian_determinant, non_diffeomorphic_volume
 
 __all__ = ["StdLogJacobian", "NonDiffeomorphicVolumePercent", "NonPositiveJacobianPercent"]
+
+_SLAB_VOXELS = 2**19
 
 
 def _interior(values: Tensor, crop: int, spatial_dims: int) -> Tensor:
@@ -30,23 +34,50 @@ def _interior(values: Tensor, crop: int, spatial_dims: int) -> Tensor:
     return values[(..., *inner)]
 
 
-def _field(ddf: Tensor) -> Tensor:
-    """A field (B, d, \\*S) in float64: determinants near 0 decide what counts as folded."""
+def _check_field(ddf: Tensor) -> None:
     if ddf.ndim not in (4, 5) or ddf.shape[1] != ddf.ndim - 2:
         raise ValueError(f"ddf must be (B, d, *S) with d = 2 or 3 spatial axes, got {tuple(ddf.shape)}")
-    return ddf.double()
 
 
-def _inside(mask: Tensor | None, ddf: Tensor, crop: int) -> Tensor:
-    """The cropped mask as booleans (B, \\*S); all of the grid when there is none."""
+def _slabs(ddf: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows along the first spatial axis, about ``_SLAB_VOXELS`` each.
+
+    Determinants are taken in float64, since those near 0 decide what counts as folded, and the nine derivatives of a
+    whole brain would need gigabytes.
+    """
+    rows = max(1, _SLAB_VOXELS // max(1, ddf[0, 0, 0].numel()))
+    for start in range(0, ddf.shape[2], rows):
+        yield start, min(start + rows, ddf.shape[2])
+
+
+def _determinant(ddf: Tensor) -> Tensor:
+    """The Jacobian determinant (B, \\*S) by central differences, float64."""
+    parts = []
+    for start, stop in _slabs(ddf):
+        first = max(start - 1, 0)
+        slab = jacobian_determinant(ddf[:, :, first : stop + 1].double())
+        parts.append(slab[:, start - first : stop - first])
+    return torch.cat(parts, 1)
+
+
+def _folded_volume(ddf: Tensor, mask: Tensor) -> Tensor:
+    """:func:`common.spatial.non_diffeomorphic_volume` of inner voxels, float64 (B,)."""
+    total = torch.zeros(ddf.shape[0], dtype=torch.float64, device=ddf.device)
+    for start, stop in _slabs(ddf[:, :, 1:-1]):
+        # Rows 1 + start ... 1 + stop of the grid, with a neighbour on both sides.
+        rows = slice(start, stop + 2)
+        total = total + non_diffeomorphic_volume(ddf[:, :, rows].double(), mask[:, rows])
+    return total
+
+
+def _inside(mask: Tensor | None, ddf: Tensor) -> Tensor:
+    """The mask as booleans (B, \\*S); all of the grid when there is none."""
     shape = (ddf.shape[0], *ddf.shape[2:])
     if mask is None:
-        chosen = torch.ones(shape, dtype=torch.bool, device=ddf.device)
-    elif tuple(mask.shape) in ((ddf.shape[0], 1, *ddf.shape[2:]), (1, 1, *ddf.shape[2:])):
-        chosen = (mask[:, 0] > 0).expand(shape)
-    else:
+        return torch.ones(shape, dtype=torch.bool, device=ddf.device)
+    if tuple(mask.shape) != (ddf.shape[0], 1, *ddf.shape[2:]):
         raise ValueError(f"the mask must be (B, 1, *S) on the field's grid {shape}, got {tuple(mask.shape)}")
-    return _interior(chosen, crop, ddf.ndim - 2)
+    return mask[:, 0] > 0
 
 
 def _deviation(values: Tensor) -> Tensor:
@@ -72,11 +103,11 @@ class StdLogJacobian(RegistrationMetric):
         self.crop = crop
 
     def _compute_tensor(self, ddf: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        field = _field(ddf)
-        determinant = _interior(jacobian_determinant(field), self.crop, ddf.ndim - 2)
+        _check_field(ddf)
+        determinant = _interior(_determinant(ddf), self.crop, ddf.ndim - 2)
         offset = 3.0 if self.definition == "learn2reg" else 0.0
-        logarithm = (determinant.double() + offset).clamp(1e-9, 1e9).log()
-        inside = _inside(mask, ddf, self.crop)
+        logarithm = (determinant + offset).clamp(1e-9, 1e9).log()
+        inside = _interior(_inside(mask, ddf), self.crop, ddf.ndim - 2)
         return torch.stack([_deviation(v[m]) for v, m in zip(logarithm, inside, strict=True)])[:, None].float()
 
 
@@ -95,10 +126,10 @@ class NonPositiveJacobianPercent(RegistrationMetric):
         self.crop = crop
 
     def _compute_tensor(self, ddf: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        determinant = _interior(jacobian_determinant(_field(ddf)), self.crop, ddf.ndim - 2)
-        inside = _inside(mask, ddf, self.crop)
-        folded = ((determinant <= 0) & inside).flatten(1).sum(1)
-        return (100.0 * folded / inside.flatten(1).sum(1))[:, None].float()
+        _check_field(ddf)
+        folded = _interior(_determinant(ddf) <= 0, self.crop, ddf.ndim - 2)
+        inside = _interior(_inside(mask, ddf), self.crop, ddf.ndim - 2)
+        return (100.0 * (folded & inside).flatten(1).sum(1) / inside.flatten(1).sum(1))[:, None].float()
 
 
 class NonDiffeomorphicVolumePercent(RegistrationMetric):
@@ -122,8 +153,7 @@ class NonDiffeomorphicVolumePercent(RegistrationMetric):
             raise ValueError(
                 "definition='learn2reg' measures where the moving image is above 0: give that as 2nd input"
             )
-        inside = _inside(mask, ddf, 1)
-        determinants = digital_jacobian_determinants(_field(ddf)).double()
-        share = 0.5 / (6 if ddf.ndim == 5 else 2)
-        volume = (-determinants.clamp_max(0)).sum(1) * share * inside
-        return (100.0 * volume.flatten(1).sum(1) / inside.flatten(1).sum(1))[:, None].float()
+        _check_field(ddf)
+        inside = _inside(mask, ddf)
+        count = _interior(inside, 1, ddf.ndim - 2).flatten(1).sum(1)
+        return (100.0 * _folded_volume(ddf, inside) / count)[:, None].float()

@@ -153,12 +153,11 @@ class _SurfaceMetric(RegistrationMetric):
 
 def _boxes(image: NDArray[Any], labels: Sequence[int]) -> dict[int, tuple[slice, ...] | None]:
     """The bounding box of each label, found in one pass over the image."""
-    values, inverse = np.unique(image, return_inverse=True)
-    lookup = {int(label): position for position, label in enumerate(labels, start=1)}
-    codes = np.asarray([lookup.get(int(v), 0) if float(v).is_integer() else 0 for v in values], dtype=np.int32)
-    positions = codes[inverse].reshape(image.shape)
-    found = ndimage.find_objects(positions, max_label=len(labels))
-    return dict(zip(labels, found, strict=True))
+    ordered = np.sort(np.asarray(labels))
+    place = np.minimum(np.searchsorted(ordered, image), len(ordered) - 1)
+    codes = np.where(ordered[place] == image, place + 1, 0)
+    found = ndimage.find_objects(codes, max_label=len(labels))
+    return {int(label): box for label, box in zip(ordered, found, strict=True)}
 
 
 def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None, shape: Sequence[int]) -> tuple[slice, ...]:

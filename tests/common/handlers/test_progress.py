@@ -77,13 +77,16 @@ def test_other_ranks_are_quiet(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert not caplog.records
 
 
-def test_the_bar_goes_when_training_fails() -> None:
-    def fail(engine: Engine, batch: float) -> None:
-        raise ValueError("loss is nan")
+def test_errors_pass_and_the_next_run_has_a_new_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    def step(engine: Engine, batch: float) -> dict[str, object]:
+        if batch < 0:
+            raise ValueError("loss is nan")
+        return {"loss": torch.tensor(batch)}
 
-    run = Engine(fail)
-    bar = LossProgressBar(terminal=True)
-    bar.attach(run)
+    run = Engine(step)
+    LossProgressBar(terminal=True, refresh_seconds=0.0).attach(run)
     with pytest.raises(ValueError, match="loss is nan"):
-        run.run([1.0])
-    assert bar._bar is None
+        run.run([1.0, -1.0])
+    run.state.max_epochs = None  # Ignite starts anew
+    run.run([1.0, 1.0, 4.0], epoch_length=3)
+    assert "3/3" in capfd.readouterr().err

@@ -130,3 +130,14 @@ def test_learn2reg_volume_needs_the_moving_image() -> None:
 def test_what_cannot_be_measured_is_named(ddf: torch.Tensor, mask: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StdLogJacobian()(ddf, mask)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_slabs_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ddf = torch.cat([wavy(2.0), wavy(3.0)])
+    mask = torch.rand(2, 1, *ddf.shape[2:]) - 0.3
+    metrics = (StdLogJacobian(), NonPositiveJacobianPercent(crop=0), NonDiffeomorphicVolumePercent())
+    whole = [metric(ddf, mask) for metric in metrics]
+    monkeypatch.setattr("common.metrics.regularity._SLAB_VOXELS", rows * 30 * 26)
+    for metric, value in zip(metrics, whole, strict=True):
+        torch.testing.assert_close(metric(ddf, mask), value, rtol=1e-6, atol=0)
