@@ -23,7 +23,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -203,10 +204,11 @@ def _write(folder: Path, size: tuple[int, ...], seed: int, magnitude: float) -> 
         for name in ("imagesTr", "labelsTr"):
             (half_made / name).mkdir()
         affine = np.diag([1.0, 1.0, 1.0, 1.0])
-        for subject in range(_COUNT):
-            image, label = make_subject(size, seed=seed, subject=subject, magnitude=magnitude)
-            _save_image(half_made / _image(subject), image.numpy(), affine)
-            nib.save(nib.Nifti1Image(label.numpy(), affine), half_made / _label(subject))
+        with _one_thread():
+            for subject in range(_COUNT):
+                image, label = make_subject(size, seed=seed, subject=subject, magnitude=magnitude)
+                _save_image(half_made / _image(subject), image.numpy(), affine)
+                nib.save(nib.Nifti1Image(label.numpy(), affine), half_made / _label(subject))
         (half_made / "dataset.json").write_text(json.dumps(_description(size), indent=1), encoding="utf-8")
         half_made.chmod(0o755)
         try:
@@ -219,10 +221,22 @@ def _write(folder: Path, size: tuple[int, ...], seed: int, magnitude: float) -> 
         shutil.rmtree(half_made, ignore_errors=True)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Volumes this small gain nothing from threads, and on a busy machine lose a lot to them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _save_image(path: Path, image: np.ndarray, affine: np.ndarray) -> None:
     """As bytes with a slope: an eighth of the size, and every test that reads it checks that slopes are respected."""
     scan = nib.Nifti1Image(np.round(image * 255).astype(np.uint8), affine)
-    scan.header.set_slope_inter(1 / 255, 0)
+    # Rounded down, for as float32 1/255 is a little more and 255 times that exceeds 1.
+    scan.header.set_slope_inter(np.nextafter(np.float32(1 / 255), np.float32(0)), 0)
     nib.save(scan, path)
 
 

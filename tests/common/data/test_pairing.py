@@ -1,0 +1,96 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from common.data.pairing import AllOrdered, AtlasToSubject, IntraSubject, Listed, RandomPartner
+
+
+def drawn(pairing: RandomPartner | IntraSubject, epoch: int) -> list[tuple[int, int]]:
+    return [pairing.pair(index, epoch) for index in range(len(pairing))]
+
+
+def test_a_random_partner_is_never_the_subject_itself_and_every_other_occurs() -> None:
+    pairing = RandomPartner(4)
+    seen = Counter(pair for epoch in range(200) for pair in drawn(pairing, epoch))
+    assert set(seen) == {(moving, fixed) for moving in range(4) for fixed in range(4) if moving != fixed}
+    # 200 draws among three partners: 67 each; four standard deviations are 27.
+    assert all(abs(count - 200 / 3) < 27 for count in seen.values())
+
+
+def test_random_partners_depend_on_seed_epoch_and_index_only() -> None:
+    pairing = RandomPartner(50, seed=3)
+    epoch = drawn(pairing, 7)
+    assert epoch == drawn(RandomPartner(50, seed=3), 7)
+    assert pairing.pair(20, 7) == epoch[20], "no matter what was asked before"
+    assert epoch != drawn(pairing, 8)
+    assert epoch != drawn(RandomPartner(50, seed=4), 7)
+
+
+def test_a_longer_epoch_goes_round_again_with_other_partners() -> None:
+    pairing = RandomPartner(30, length=90)
+    pairs = drawn(pairing, 0)
+    assert [fixed for _, fixed in pairs] == [*range(30)] * 3
+    assert pairs[:30] != pairs[30:60]
+
+
+def test_all_ordered_pairs_once() -> None:
+    pairing = AllOrdered(4)
+    pairs = [pairing.pair(index, 0) for index in range(len(pairing))]
+    assert len(pairs) == 12
+    assert set(pairs) == {(moving, fixed) for moving in range(4) for fixed in range(4) if moving != fixed}
+
+
+def test_atlas_pairs() -> None:
+    moving = AtlasToSubject(4, atlas=1)
+    assert [moving.pair(index, 0) for index in range(len(moving))] == [(1, 0), (1, 2), (1, 3)]
+    fixed = AtlasToSubject(3, atlas=2, atlas_is="fixed")
+    assert [fixed.pair(index, 0) for index in range(len(fixed))] == [(0, 2), (1, 2)]
+
+
+def test_listed_pairs_are_the_list() -> None:
+    pairing = Listed([(3, 1), (0, 2)])
+    assert [pairing.pair(index, 9) for index in range(len(pairing))] == [(3, 1), (0, 2)]
+
+
+def test_visits_are_paired_within_their_subject() -> None:
+    visits = [{"id": f"{who}{visit}", "subject": who} for who in "abc" for visit in range(3)]
+    pairing = IntraSubject(visits, "subject")
+    assert len(pairing) == 9
+    seen = {pair for epoch in range(50) for pair in drawn(pairing, epoch)}
+    assert seen == {(m, f) for m in range(9) for f in range(9) if m != f and m // 3 == f // 3}
+
+
+def test_subjects_with_one_visit_are_named() -> None:
+    visits = [{"subject": who} for who in "aab"]
+    with pytest.warns(UserWarning, match=r"1 'subject' with a single scan make no pair: \['b'\]"):
+        assert len(IntraSubject(visits, "subject")) == 2
+    with pytest.raises(ValueError, match="all 2 have one"):
+        IntraSubject([{"subject": who} for who in "ab"], "subject")
+    with pytest.raises(KeyError, match="no group key 'person'"):
+        IntraSubject(visits, "person")
+
+
+@pytest.mark.parametrize("pairing", [RandomPartner, AllOrdered])
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_subject_makes_no_pair(pairing: type, count: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 2 subjects, found {count}"):
+        pairing(count)
+
+
+def test_an_atlas_alone_makes_no_pair() -> None:
+    with pytest.raises(ValueError, match="besides the atlas"):
+        AtlasToSubject(1, atlas=0)
+    with pytest.raises(ValueError, match="'moving' or 'fixed', found 'both'"):
+        AtlasToSubject(3, atlas=0, atlas_is="both")
