@@ -24,9 +24,14 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 def as_float(tensor: Tensor) -> Tensor:
-    """The plain tensor as float32, or in float64 when it is that; MONAI's meta data is left behind."""
-    plain = tensor.as_subclass(Tensor) if type(tensor) is not Tensor else tensor
-    return plain if plain.dtype == torch.float64 else plain.float()
+    """The plain tensor as float32, or in float64 when it is that."""
+    tensor = plain(tensor)
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor without MONAI's meta data, which would ride along into every result and slow each step."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 def check_images(name: str, moved: Tensor, fixed: Tensor, mask: Tensor | None = None) -> None:
@@ -121,7 +126,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """
     if mask is None:
         return values.mean()
-    weights = mask.to(values.dtype).expand_as(values)
+    weights = plain(mask).to(values.dtype).expand_as(values)
     return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 

@@ -16,7 +16,7 @@ import torch
 from monai.losses import GlobalMutualInformationLoss
 from torch import Tensor, nn
 
-from common.losses.checks import as_float, check_images, full_precision, masked_mean
+from common.losses.checks import as_float, check_images, full_precision, masked_mean, plain
 
 
 class MSE(nn.Module):
@@ -40,7 +40,7 @@ class MSE(nn.Module):
         with full_precision(moved.device):
             difference = as_float(moved) - as_float(fixed)
             if mask is not None:
-                difference = difference.where(mask > 0, 0.0)  # not a product, which would let NaN through
+                difference = difference.where(plain(mask) > 0, 0.0)  # not a product, which would let NaN through
             return masked_mean(difference * difference, mask)
 
 
@@ -84,7 +84,7 @@ class GlobalNCC(nn.Module):
                 weights = first.new_ones(())
                 count = first.new_tensor(float(first.shape[2]))
             else:
-                weights = mask.to(first.dtype).flatten(2).expand_as(first)
+                weights = plain(mask).to(first.dtype).flatten(2).expand_as(first)
                 count = weights.sum(2, keepdim=True).clamp_min(torch.finfo(first.dtype).tiny)
                 first, second = first.where(weights > 0, 0.0), second.where(weights > 0, 0.0)
             first = first - (weights * first).sum(2, keepdim=True) / count
@@ -141,10 +141,10 @@ class MutualInformation(nn.Module):
         check_images("MutualInformation", moved, fixed, mask)
         with full_precision(moved.device):
             # MONAI's bin centres are float32, so a float64 image is estimated in float32 too.
-            first, second = ((image.float() - self.low) / (self.high - self.low) for image in (moved, fixed))
+            first, second = ((plain(image).float() - self.low) / (self.high - self.low) for image in (moved, fixed))
             if mask is None:
                 return self.estimate(first, second)
-            inside = (mask != 0).expand_as(first)
+            inside = (plain(mask) != 0).expand_as(first)
             items = [self._one(first[i], second[i], inside[i], i) for i in range(first.shape[0])]
             return torch.stack(items).mean()
 

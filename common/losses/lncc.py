@@ -43,9 +43,9 @@ class LNCC(nn.Module):
     further the intensities are from 0. ``border="inside"`` counts voxels inside the image only: the loss is then
     unchanged by any affine change of intensities and 0 for constant images.
 
-    Statistics are float32 (float64 for float64 images) whatever autocast says, and free of cancellation; see
-    :mod:`common.losses.windows`. The gradient is computed along with the value, piece by piece, and only the gradient
-    is kept, so memory stays at a few images. To differentiate it a
+    Statistics are float32 (float64 for float64 images) whatever autocast says, use no convolution that a GPU might
+    run in TF32, and are free of cancellation; see :mod:`common.losses.windows`. The gradient is computed along with
+    the value, piece by piece, and only the gradient is kept, so memory stays at a few images. To differentiate it a
     second time is an error.
 
     Args:
@@ -215,7 +215,7 @@ def _value_and_gradients(
         moments = _piece_moments(images, centres, mask, piece, settings)
         out = None if maps is None else maps[:, piece.items, piece.start : piece.stop]
         total += _correlate(moments, here, settings, needed, out)
-    value = (total / count).neg_()
+    value = (total / count).neg_().clamp_(-1.0, 0.0)  # the sum of many numbers near 1 may round up
     if maps is None:
         return value, []
     gradients = _gradients(images, centres, maps, settings.kernel, needed)

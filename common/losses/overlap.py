@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from common.losses.checks import as_float, check_ddf, check_images, full_precision
+from common.losses.checks import as_float, check_ddf, check_images, full_precision, plain
 from common.spatial import warp
 
 
@@ -37,7 +37,7 @@ def one_hot(label: Tensor, labels: Sequence[int]) -> Tensor:
     if label.ndim < 3 or label.shape[1] != 1:
         raise ValueError(f"one_hot: a label map must be (B, 1, *S), got shape {tuple(label.shape)}")
     values = torch.as_tensor(list(labels), device=label.device).view(1, -1, *[1] * (label.ndim - 2))
-    return (label == values).float()
+    return (plain(label) == values).float()
 
 
 class SoftDice(nn.Module):
@@ -82,7 +82,7 @@ class SoftDice(nn.Module):
             moved, fixed = as_float(moved), as_float(fixed)
             if self.labels is None and not self.include_background:
                 moved, fixed = moved[:, 1:], fixed[:, 1:]
-            weights = torch.ones_like(moved[:, :1]) if mask is None else mask.to(moved.dtype)
+            weights = torch.ones_like(moved[:, :1]) if mask is None else plain(mask).to(moved.dtype)
             moved, fixed = moved.where(weights > 0, 0.0).flatten(2), fixed.where(weights > 0, 0.0).flatten(2)
             weights = weights.flatten(2)
             both = (weights * moved * fixed).sum(2)
