@@ -169,7 +169,9 @@ def _statistics(values: Tensor) -> dict[str, float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 else f"{value:.3g}"
 
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:

@@ -27,24 +27,23 @@ __all__ = ["TensorBoardScalars", "TensorBoardPictures"]
 
 
 class _Writer:
-    """Opens the event file with the first value, so that ranks and runs that write nothing leave no file."""
+    """Opens the event file with the first value, so that ranks and runs that write nothing leave no file.
+
+    It stays open, since an evaluator runs many times and each opening makes a new file.
+    """
 
     def __init__(self, log_dir: str | Path, summary_writer: SummaryWriter | None) -> None:
         self.log_dir = Path(log_dir)
         self._writer = summary_writer
-        self._own = summary_writer is None
 
     def open(self) -> SummaryWriter:
         if self._writer is None:
             self._writer = SummaryWriter(str(self.log_dir))
         return self._writer
 
-    def finish(self) -> None:
+    def flush(self) -> None:
         if self._writer is not None:
             self._writer.flush()
-            if self._own:
-                self._writer.close()
-                self._writer = None
 
 
 class TensorBoardScalars:
@@ -86,7 +85,7 @@ class TensorBoardScalars:
         engine.add_event_handler(Events.EPOCH_STARTED, lambda: self._means.reset())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
-        engine.add_event_handler(Events.COMPLETED, lambda: self._writer.finish())
+        engine.add_event_handler(Events.COMPLETED, lambda: self._writer.flush())
 
     def _iteration(self, engine: Engine) -> None:
         output = engine_output(engine)
@@ -154,7 +153,7 @@ class TensorBoardPictures(PictureHandler):
     def attach(self, engine: Engine) -> None:
         """Follow a trainer or an evaluator."""
         super().attach(engine)
-        engine.add_event_handler(Events.COMPLETED, lambda: self._writer.finish())
+        engine.add_event_handler(Events.COMPLETED, lambda: self._writer.flush())
 
     def _keep(self, picture: Any, engine: Engine, index: int, name: str) -> None:
         tag = f"{self.tag}/{index}"

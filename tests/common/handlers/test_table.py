@@ -89,7 +89,7 @@ def test_the_mean_is_the_metrics_own(tmp_path: Path) -> None:
         outputs.append({"metrics": metrics({"moved_label": labels[0], "fixed_label": labels[1]})})
     table = MetricsTable(tmp_path, columns=metrics.columns)
     evaluate(table, outputs)
-    assert any(math.isnan(row["dice_2"]) for row in table.rows + [{"dice_2": NAN}])
+    assert any(math.isnan(value) for row in table.rows for value in row.values() if isinstance(value, float))
     assert table.summary["dice_mean"]["mean"] == pytest.approx(metrics.aggregate()["dice"], rel=1e-6)
 
 
@@ -107,7 +107,7 @@ def test_metrics_whose_names_share_a_start(tmp_path: Path) -> None:
     }
     table = MetricsTable(tmp_path)
     evaluate(table, [{"metrics": metrics}])
-    assert table.line() == "sim 0 -> 0.200, sim_edge 0.500".replace("sim 0 ->", "sim 0.000 ->")
+    assert table.line() == "sim 0 -> 0.200, sim_edge 0.500"
 
 
 def test_columns_of_a_metric_beat_the_labels(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_validation_shares_the_epochs_of_training(tmp_path: Path) -> None:
         evaluator.run([0.7 if epoch == 2 else 0.9], max_epochs=epoch)
     assert sorted(events(tmp_path).Tags()["scalars"]) == ["validation/dice", "validation/hd95"]
     assert values(tmp_path, "validation/dice") == [(2, 0.6), (5, 0.7)]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_rank_that_writes_nothing_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
