@@ -80,6 +80,14 @@ class Cohort:
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def spatial_dims(self) -> int | None:
+        """2 or 3, where the JSON tells it by ``shape`` or ``tensorImageSize``."""
+        if self.shape is not None:
+            return len(self.shape)
+        stated = str(self.meta.get("tensorImageSize", ""))
+        return next((dims for dims in (2, 3) if f"{dims}D" in stated.upper()), None)
+
+    @property
     def foreground_labels(self) -> list[int]:
         """The label values without 0, the background."""
         return [value for value in self.labels if value != 0]
@@ -108,6 +116,7 @@ def load_cohort(
     test_list: str | None = None,
     download: bool = False,
     must_exist: bool = True,
+    spatial_dims: int | None = None,
     **synthetic: Any,
 ) -> Cohort:
     """Load a cohort by name or from a dataset JSON.
@@ -120,24 +129,28 @@ def load_cohort(
         datalist: a dataset JSON that takes the place of the name's own.
         train_fraction: part of the training subjects, in (0, 1]; see :func:`common.data.subsets.nested_subset`.
         train_count: number of training subjects.
-        seed: of the training subset, and of the synthetic cohort.
+        seed: of the training subset. It does not change the synthetic cohort: runs with different seeds should differ
+            in what they draw, not in the data that they are measured on.
         test_list: which of the JSON's lists is ``test``, such as ``"test_020"``. Default: ``"test"``.
         download: fetch the data when they are missing (``"hippocampus"`` only).
         must_exist: check at once that every file is there.
-        synthetic: options of :func:`common.data.synthetic.synthetic_cohort`, such as ``spatial_dims``.
+        spatial_dims: 2 or 3: which of the synthetic cohorts; other cohorts have to be of this dimension. Default: 3 for
+            the synthetic one, any for others.
+        synthetic: ``anatomy_seed``, ``spatial_size`` and ``magnitude`` of the synthetic cohort, see
+            :func:`common.data.synthetic.synthetic_cohort`.
 
     Returns:
         the cohort.
 
     Raises:
         FileNotFoundError: when the folder or files are missing; says which, and where to get them.
-        ValueError: for an unknown name, an unusable JSON or an impossible subset.
+        ValueError: for an unknown name, an unusable JSON, another dimension or an impossible subset.
         TypeError: for options that only the synthetic cohort has.
     """
     if str(name_or_json) == "synthetic" and datalist is None:
         from common.data.synthetic import synthetic_cohort
 
-        cohort = synthetic_cohort(dataset_dir, seed=seed, **synthetic)
+        cohort = synthetic_cohort(dataset_dir, spatial_dims=3 if spatial_dims is None else spatial_dims, **synthetic)
     elif synthetic:
         raise TypeError(f"options {sorted(synthetic)} are for the 'synthetic' cohort, not for '{name_or_json}'")
     else:
@@ -149,6 +162,8 @@ def load_cohort(
 
             dataset_dir = download_dataset(str(name_or_json), dataset_dir)
         cohort = cohort_from_json(path, dataset_dir, test_list=test_list)
+        if spatial_dims is not None and cohort.spatial_dims not in (None, spatial_dims):
+            raise ValueError(f"cohort '{cohort.name}' is {cohort.spatial_dims}-D, spatial_dims is {spatial_dims}")
     cohort.training = nested_subset(
         cohort.training, fraction=train_fraction, count=train_count, seed=seed, at_least=1 if cohort.atlas else 2
     )

@@ -60,8 +60,8 @@ class PairDataset(Dataset):
     kept in memory. ``augment`` sees the finished item and is the place for everything random.
 
     An item is a dict of plain tensors: ``moving``, ``fixed`` (C,*S); ``moving_label``, ``fixed_label`` (1,*S) int32
-    and ``moving_mask``, ``fixed_mask`` where *every* subject has one; ``moving_affine``, ``fixed_affine``
-    (d+1,d+1) float64, voxel to RAS mm, after the transform; ``moving_id``, ``fixed_id`` str.
+    and ``moving_mask``, ``fixed_mask`` where *every* subject has one and the transform loads it; ``moving_affine``,
+    ``fixed_affine`` (d+1,d+1) float64, voxel to RAS mm, after the transform; ``moving_id``, ``fixed_id`` str.
 
     Random pairs depend on ``(seed, epoch, index)`` alone. Samplers give every rank and worker its own indices, so the
     draws differ among them and yet do not change with their number. :meth:`set_epoch` also reaches workers that are
@@ -202,7 +202,7 @@ class PairDataset(Dataset):
         for role, position in (("moving", moving), ("fixed", fixed)):
             subject = self._subject(position)
             item[role] = subject["image"]
-            item |= {f"{role}_{key}": subject[key] for key in (*self.optional, "affine")}
+            item |= {f"{role}_{key}": value for key, value in subject.items() if key != "image"}
             item[f"{role}_id"] = self.subjects[position]["id"]
         return item if self.augment is None else self._augmented(item, index, epoch)
 
@@ -236,6 +236,8 @@ class PairDataset(Dataset):
         image = result["image"]
         loaded = {"image": _plain(image), "affine": _affine(image)}
         for key in self.optional:
+            if isinstance(result.get(key), (str, Path, type(None))):
+                continue  # The transform leaves the path as it is: it does not load this kind of file.
             loaded[key] = _as_labels(_plain(result[key]), wanted[key])
             if loaded[key].shape[1:] != loaded["image"].shape[1:]:
                 raise ValueError(

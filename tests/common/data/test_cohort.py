@@ -149,6 +149,16 @@ def test_unusable_jsons_say_where(write_json: Writer, content: dict[str, Any], m
         load_cohort(write_json(**content))
 
 
+@pytest.mark.parametrize("stated", [{"shape": [6, 5, 4]}, {"tensorImageSize": {"0": "3D"}}, {"tensorImageSize": "3d"}])
+def test_another_dimension_is_refused_before_anything_is_read(
+    four: Entries, write_json: Writer, stated: dict[str, Any]
+) -> None:
+    path = write_json(name="organ", training=four, **stated)
+    assert load_cohort(path, spatial_dims=3).spatial_dims == 3
+    with pytest.raises(ValueError, match="'organ' is 3-D, spatial_dims is 2"):
+        load_cohort(path, spatial_dims=2)
+
+
 def test_what_is_no_json(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{'training': []}")
     with pytest.raises(ValueError, match=r"x.json is not valid JSON.*line 1"):
@@ -163,8 +173,8 @@ def test_what_is_no_json(tmp_path: Path) -> None:
 def test_unknown_names_and_options(four: Entries, write_json: Writer) -> None:
     with pytest.raises(ValueError, match=r"unknown cohort 'brains'.*'hippocampus'"):
         load_cohort("brains")
-    with pytest.raises(TypeError, match=r"\['spatial_dims'\] are for the 'synthetic' cohort"):
-        load_cohort(write_json(training=four), spatial_dims=2)
+    with pytest.raises(TypeError, match=r"\['spatial_size'\] are for the 'synthetic' cohort"):
+        load_cohort(write_json(training=four), spatial_size=24)
     with pytest.raises(ValueError, match="has no list 'test_7'; it has \\['training'\\]"):
         load_cohort(write_json(training=four), test_list="test_7")
 

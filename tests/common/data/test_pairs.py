@@ -203,6 +203,18 @@ def test_labels_are_given_only_when_all_subjects_have_one(subjects: Subjects) ->
     assert "moving_label" not in PairDataset(subjects)[0]
 
 
+def test_what_the_transform_does_not_load_is_left_out(subjects: Subjects) -> None:
+    only_images = Compose([LoadImaged("image"), EnsureChannelFirstd("image")])
+    assert set(PairDataset(subjects, transform=only_images)[0]) == {
+        f"{role}{key}" for role in ("moving", "fixed") for key in ("", "_id", "_affine")
+    }
+
+
+def test_masks_come_like_labels(subjects: Subjects) -> None:
+    item = PairDataset([{**subject, "mask": subject["label"]} for subject in subjects])[0]
+    assert torch.equal(item["moving_mask"], item["moving_label"])
+
+
 def test_an_atlas_file_joins_the_subjects(subjects: Subjects) -> None:
     atlas, rest = subjects[0], subjects[1:]
     for given in (atlas["image"], atlas):

@@ -60,7 +60,7 @@ def test_it_is_made_once_and_then_read(folder: Path) -> None:
 
 
 def digests(folder: Path, seed: int) -> list[str]:
-    cohort = load_cohort("synthetic", folder, spatial_dims=2, spatial_size=24, seed=seed)
+    cohort = load_cohort("synthetic", folder, spatial_dims=2, spatial_size=24, anatomy_seed=seed)
     return [hashlib.sha256(load_image(path).array.tobytes()).hexdigest() for path in cohort.files()]
 
 
@@ -68,6 +68,14 @@ def test_the_same_seed_gives_the_same_voxels(folder: Path, tmp_path: Path) -> No
     first = digests(folder, 0)
     assert first == digests(tmp_path / "a", 0)
     assert not set(first) & set(digests(tmp_path / "b", 1))
+
+
+def test_the_seed_of_a_run_changes_the_subset_but_not_the_data(folder: Path) -> None:
+    first, second = (
+        load_cohort("synthetic", folder, spatial_dims=2, spatial_size=24, train_count=8, seed=s) for s in (0, 1)
+    )
+    assert first.test == second.test
+    assert first.training != second.training
 
 
 def test_global_generators_do_not_matter() -> None:
