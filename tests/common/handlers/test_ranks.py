@@ -88,7 +88,7 @@ def test_two_ranks(tmp_path: Path, repository: Path) -> None:
     processes = [
         subprocess.Popen([*arguments, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     with open(tmp_path / "table" / "metrics.csv", newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
