@@ -22,7 +22,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("WARPZOO_SHARED", REPOSITORY.parent / "shared"))
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))])
+_NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=_NEEDS_CUDA)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device there is."""
     return torch.device(request.param)

@@ -33,10 +33,10 @@ __all__ = ["RegistrationEvaluator"]
 class RegistrationEvaluator(SupervisedEvaluator):
     """Register pairs and measure them.
 
-    ``metrics`` names each measure, with the values it takes: ``{"dice": {"metric": DiceScore(labels=[1, 2]),
-    "inputs": ["moved_label", "fixed_label"]}}`` (see ``common.engines.PairValues`` for the names). The same metric on ``moving_label`` gives the value before
-    registration. ``state.output["metrics"]`` holds the values of the batch, (B, K) each; ``state.metrics`` the means
-    over all pairs of all processes.
+    ``metrics`` names each measure, with the values it takes (``common.engines.PairValues`` lists them):
+    ``{"dice": {"metric": DiceScore(labels=[1, 2]), "inputs": ["moved_label", "fixed_label"]}}``. The same metric on
+    ``moving_label`` gives the value before registration. ``state.output["metrics"]`` holds the values of the batch,
+    (B, K) each; ``state.metrics`` the means over all pairs of all processes.
 
     Args:
         device: where to run.

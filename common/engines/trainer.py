@@ -165,12 +165,11 @@ class RegistrationTrainer(SupervisedTrainer):
 
 def _set_epoch(engine: Engine) -> None:
     """Tell the dataset which epoch begins, so that random partners and images follow from (seed, epoch, index)."""
-    dataset = getattr(engine.data_loader, "dataset", None)  # type: ignore[attr-defined]
-    if hasattr(dataset, "set_epoch"):
-        dataset.set_epoch(engine.state.epoch)
-    sampler = getattr(engine.data_loader, "sampler", None)  # type: ignore[attr-defined]
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(engine.state.epoch)
+    loader = engine.data_loader  # type: ignore[attr-defined]
+    for part in (getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
+        set_epoch = getattr(part, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(engine.state.epoch)
 
 
 def _require_finite(total: Tensor, terms: Mapping[str, Tensor], batch: Mapping[str, Any], iteration: int) -> None:

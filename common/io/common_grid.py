@@ -48,7 +48,9 @@ def common_grid(moving: str | Path, fixed: str | Path, tolerance: float = 0.01) 
     scans = [load_image(moving), load_image(fixed)]
     (moving_size, moving_spacing), (fixed_size, fixed_spacing) = (_ras_size_and_spacing(scan) for scan in scans)
     if len(moving_size) != len(fixed_size):
-        raise ValueError(f"cannot register a {len(moving_size)}-D scan ({moving}) to a {len(fixed_size)}-D one ({fixed})")
+        raise ValueError(
+            f"{moving} is {len(moving_size)}-D and {fixed} is {len(fixed_size)}-D: they cannot be registered"
+        )
     if np.allclose(moving_spacing, fixed_spacing, rtol=tolerance):
         return {"spatial_size": [max(pair) for pair in zip(moving_size, fixed_size, strict=True)], "spacing": None}
     logger.warning(
