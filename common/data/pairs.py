@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
-from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, RandomizableTrait
 from monai.utils.misc import MAX_SEED
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -141,7 +142,8 @@ class PairDataset(Dataset):
             return AllOrdered(len(self.subjects))
         if strategy == "intra":
             return IntraSubject(self.subjects, group_key, self.seed, length)
-        return AtlasToSubject(len(self.subjects) + 0, self._place_atlas(atlas), side)
+        place = self._place_atlas(atlas)
+        return AtlasToSubject(len(self.subjects), place, side)
 
     def _place_atlas(self, atlas: str | Path | Mapping[str, Any] | None) -> int:
         if atlas is None:
@@ -168,8 +170,6 @@ class PairDataset(Dataset):
         if not positions:
             return {}
         # Threads: loading and MONAI's transforms spend their time outside the interpreter lock.
-        from concurrent.futures import ThreadPoolExecutor
-
         with ThreadPoolExecutor(max(1, workers)) as pool:
             loaded: Iterator[dict[str, Tensor]] = pool.map(self._load, positions)
             bar = tqdm(
@@ -282,8 +282,6 @@ def _check_kind(data: Sequence[Mapping[str, Any]], strategy: str) -> None:
 
 
 def _refuse_random(transform: Any) -> None:
-    from monai.transforms import RandomizableTrait
-
     members = transform.flatten().transforms if isinstance(transform, Compose) else [transform]
     found = [type(member).__name__ for member in members if isinstance(member, RandomizableTrait)]
     found = [name for name in found if name != "Compose"]
