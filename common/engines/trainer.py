@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from monai.engines import SupervisedTrainer
+from monai.engines import SupervisedTrainer, Workflow
 from monai.engines.utils import IterationEvents
 from monai.inferers import Inferer
 from torch import Tensor, nn
@@ -125,6 +125,11 @@ class RegistrationTrainer(SupervisedTrainer):
         # Registered last, so that a handler that resumes sees an engine that is whole.
         if train_handlers is not None:
             self._register_handlers([handler for handler in train_handlers if handler is not None])
+
+    def run(self) -> None:  # type: ignore[override]
+        """Train to ``max_epochs``."""
+        # MONAI's own trainer would put a new gradient scaler, or none, in the place of ours.
+        Workflow.run(self)
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
         image, batch = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)

@@ -221,3 +221,34 @@ def test_one_seed_gives_one_stream_of_noise() -> None:
     first = torch.rand(3)
     seed_everything(7)
     assert torch.equal(first, torch.rand(3))
+
+
+def test_the_gradient_scaler_survives_the_start_of_training() -> None:
+    class Doubling:
+        """Scales by two, counts its steps."""
+
+        steps = 0
+
+        def scale(self, loss: Tensor) -> Tensor:
+            return 2 * loss
+
+        def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad /= 2
+
+        def step(self, optimizer: torch.optim.Optimizer) -> None:
+            self.steps += 1
+            optimizer.step()
+
+        def update(self) -> None:
+            pass
+
+    plain, scaled = OneShift(2), OneShift(2)
+    scaled.load_state_dict(plain.state_dict())
+    make_trainer(plain, Blobs(2), clip_gradient=0.01).run()
+    trainer = make_trainer(scaled, Blobs(2), clip_gradient=0.01)
+    trainer.scaler = Doubling()  # type: ignore[assignment]
+    trainer.run()
+    assert trainer.scaler.steps == 2  # type: ignore[union-attr]
+    assert torch.allclose(plain.shift, scaled.shift)
