@@ -31,7 +31,7 @@ from common.data.datalist import (
     unique_ids,
 )
 from common.data.layouts import list_folders, use_layout
-from common.data.subsets import nested_subset
+from common.data.subsets import hold_out_pairs, nested_subset
 
 __all__ = ["Cohort", "cohort_from_json", "load_cohort"]
 
@@ -117,6 +117,7 @@ def load_cohort(
     download: bool = False,
     must_exist: bool = True,
     spatial_dims: int | None = None,
+    hold_out: float | None = None,
     **synthetic: Any,
 ) -> Cohort:
     """Load a cohort by name or from a dataset JSON.
@@ -136,6 +137,7 @@ def load_cohort(
         must_exist: check at once that every file is there.
         spatial_dims: 2 or 3: which of the synthetic cohorts; other cohorts have to be of this dimension. Default: 3 for
             the synthetic one, any for others.
+        hold_out: part of the training subjects that become validation pairs where the JSON lists none, always the same.
         synthetic: ``anatomy_seed``, ``spatial_size`` and ``magnitude`` of the synthetic cohort, see
             :func:`common.data.synthetic.synthetic_cohort`.
 
@@ -164,6 +166,10 @@ def load_cohort(
         cohort = cohort_from_json(path, dataset_dir, test_list=test_list)
         if spatial_dims is not None and cohort.spatial_dims not in (None, spatial_dims):
             raise ValueError(f"cohort '{cohort.name}' is {cohort.spatial_dims}-D, spatial_dims is {spatial_dims}")
+    if hold_out is not None and not cohort.validation:
+        cohort.training, cohort.validation = hold_out_pairs(cohort.training, hold_out, seed=0)  # type: ignore[assignment]
+        names = [pair["moving_id"] for pair in cohort.validation]
+        logger.warning("cohort '%s' lists no validation pairs: %s are set aside for them", cohort.name, names)
     cohort.training = nested_subset(
         cohort.training, fraction=train_fraction, count=train_count, seed=seed, at_least=1 if cohort.atlas else 2
     )

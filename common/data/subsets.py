@@ -13,12 +13,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["nested_subset"]
+__all__ = ["hold_out_pairs", "nested_subset"]
 
 T = TypeVar("T")
 
@@ -63,3 +63,40 @@ def nested_subset(
         raise ValueError(f"{asked} gives {count} training subject(s), at least {at_least} are needed to make pairs")
     order = np.random.RandomState(seed).permutation(len(items))
     return [items[position] for position in order[:count]]
+
+
+def hold_out_pairs(
+    subjects: Sequence[Mapping[str, Any]], fraction: float = 0.1, seed: int = 0
+) -> tuple[list[Mapping[str, Any]], list[dict[str, Any]]]:
+    """Set subjects aside for validation, and pair each with the next one in a ring.
+
+    Args:
+        subjects: with ``id``, ``image`` and perhaps ``label`` and ``mask``.
+        fraction: of the subjects; at least two are set aside.
+        seed: of the choice.
+
+    Returns:
+        the subjects that are left for training, in their order, and the pairs of those set aside.
+
+    Raises:
+        ValueError: when fewer than two would be left, or the fraction is not in (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"hold_out must be in (0, 1), found {fraction}")
+    count = max(2, math.floor(len(subjects) * fraction + 0.5))
+    if len(subjects) - count < 2:
+        raise ValueError(
+            f"{len(subjects)} training subjects are too few to set {count} aside for validation: list validation pairs "
+            "in the dataset JSON, or bring at least 4 subjects"
+        )
+    chosen = set(np.random.RandomState(seed).permutation(len(subjects))[:count].tolist())
+    left = [subject for position, subject in enumerate(subjects) if position not in chosen]
+    aside = [subjects[position] for position in sorted(chosen)]
+    pairs = []
+    for moving, fixed in zip(aside, [*aside[1:], aside[0]], strict=True):
+        pair: dict[str, Any] = {}
+        for role, subject in (("moving", moving), ("fixed", fixed)):
+            pair |= {f"{role}_id": subject["id"], role: subject["image"]}
+            pair |= {f"{role}_{key}": subject[key] for key in ("label", "mask") if subject.get(key)}
+        pairs.append(pair)
+    return left, pairs

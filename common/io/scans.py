@@ -102,7 +102,7 @@ def load_image(path: str | Path) -> Scan:
     array = _squeeze(array, path)
     if array.dtype.byteorder not in ("=", "|"):
         array = array.astype(array.dtype.newbyteorder("="))
-    return Scan(array, _in_plane(affine, array.ndim), path, affine)
+    return Scan(array, in_plane_affine(affine, array.ndim), path, affine)
 
 
 def save_image(
@@ -154,7 +154,7 @@ def affine_3d(affine: np.ndarray) -> np.ndarray:
     return affine
 
 
-def _in_plane(affine: np.ndarray, dimensions: int) -> np.ndarray:
+def in_plane_affine(affine: np.ndarray, dimensions: int) -> np.ndarray:
     """The affine of the image's own axes. A plane that is not axial has no (3,3) form: its lengths are kept."""
     if dimensions == 3:
         return affine

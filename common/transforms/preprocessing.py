@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
@@ -29,7 +31,9 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-__all__ = ["CheckScand", "ScalePercentilesd", "scan_transforms"]
+from common.io.scans import affine_3d, in_plane_affine
+
+__all__ = ["CheckScand", "ScalePercentilesd", "SliceAsPlaned", "scan_transforms"]
 
 INTENSITIES = ("percentile", "minmax", "none")
 
@@ -50,7 +54,8 @@ def scan_transforms(
 
     Args:
         keys: entries of an item that hold file names.
-        spatial_size: pad with zeros or crop to this size, alike on both sides; None keeps the size.
+        spatial_size: pad with zeros or crop to this size, alike on both sides; None keeps the size. Two numbers make
+            2-D images of volumes with one slice.
         orientation: axis codes to flip and permute the axes to; None leaves them.
             For 2-D scans the first two count; MONAI says so in a warning unless ``spatial_size`` has two entries.
         spacing: voxel size to resample to, in millimetres, linear for images and nearest for labels; None leaves it.
@@ -76,6 +81,8 @@ def scan_transforms(
     both = images + labels
     missing: dict[str, Any] = {"allow_missing_keys": allow_missing_keys}
     steps: list[Any] = [LoadImaged(both, image_only=True, **missing), EnsureChannelFirstd(both, **missing)]
+    if spatial_size is not None and len(spatial_size) == 2:
+        steps += [SliceAsPlaned(both, **missing)]
     steps += [CheckScand(both, label_keys=labels, **missing)]
     if orientation is not None:
         codes = orientation[: len(spatial_size)] if spatial_size is not None else orientation
@@ -93,6 +100,26 @@ def scan_transforms(
     steps += [EnsureTyped(images, dtype=torch.float32, **missing)] if images else []
     steps += [EnsureTyped(labels, dtype=torch.int32, **missing)] if labels else []
     return Compose(steps)
+
+
+class SliceAsPlaned(MapTransform):
+    """Make a 2-D image of a volume with one slice, which is how NIfTI stores 2-D images. Others stay as they are.
+
+    Args:
+        keys: entries to look at; each (C, X, Y, 1) or (C, X, Y).
+        allow_missing_keys: whether items may lack some keys.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the item with (C, X, Y) images, placed as :func:`common.io.load_image` places them."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            scan = item[key]
+            if scan.ndim == 4 and scan.shape[-1] == 1:
+                affine = affine_3d(in_plane_affine(np.asarray(scan.affine, dtype=np.float64), 2))
+                meta = {name: value for name, value in scan.meta.items() if name != "affine"}
+                item[key] = MetaTensor(scan.as_tensor()[..., 0], affine=torch.from_numpy(affine), meta=meta)
+        return item
 
 
 class CheckScand(MapTransform):

@@ -234,17 +234,31 @@ def test_two_processes_train_one_network_with_plain_keys(repository: Path, pretr
 
 
 @pytest.mark.parametrize("encoder", ["voxelmorph", "vfa"])
-def test_other_encoders_pretrain_in_two_dimensions(repository: Path, encoder: str, tmp_path: Path) -> None:
-    text = succeed(
-        run(
-            repository,
-            "train",
-            output_dir=tmp_path,
-            encoder=encoder,
-            spatial_size=[37, 30],
-            pairs_per_epoch=2,
-            validation_pairs=1,
-            max_epochs=1,
-        )
+def test_other_encoders_pretrain_and_fine_tune_in_two_dimensions(
+    repository: Path, encoder: str, cache: Path, tmp_path: Path
+) -> None:
+    options = {"encoder": encoder, "max_epochs": 1}
+    pretrain = {"spatial_size": [37, 30], "pairs_per_epoch": 2, "validation_pairs": 1}
+    succeed(run(repository, "train", output_dir=tmp_path / "pretrain", **pretrain, **options))
+    finetune = {"spatial_size": [40, 45], "epoch_length": 1, "dataset_dir": cache / "2d", "val_interval": 1}
+    weights_file = tmp_path / "pretrain/model.pt"
+    succeed(
+        run(repository, "finetune", output_dir=tmp_path / "finetune", pretrained=weights_file, **finetune, **options)
     )
-    assert "similarity" in text and (tmp_path / "model.pt").is_file()
+    moving, fixed = sorted((cache / "2d").rglob("*.nii.gz"))[:2]
+    scans = {"moving": moving, "fixed": fixed, "checkpoint": tmp_path / "finetune/model.pt", "encoder": encoder}
+    succeed(run(repository, "inference", output_dir=tmp_path / "registered", **scans))
+    assert load_image(tmp_path / "registered/moved.nii.gz").array.ndim == 2
+
+
+def test_a_plain_decathlon_folder_trains_with_subjects_set_aside(
+    repository: Path, finetuned: Path, cache: Path, tmp_path: Path
+) -> None:
+    images = sorted(path for path in cache.rglob("*.nii.gz") if "label" not in str(path) and "2d" not in str(path))[:5]
+    listing = {"name": "mine", "training": [{"image": str(path)} for path in images]}
+    (tmp_path / "dataset.json").write_text(json.dumps(listing))
+    options = {"datalist": tmp_path / "dataset.json", "dataset_dir": tmp_path, "spatial_size": [24, 24, 24]}
+    text = succeed(
+        run(repository, "finetune", output_dir=tmp_path, max_epochs=1, epoch_length=1, val_interval=1, **options)
+    )
+    assert "set aside" in text and "best similarity" in text

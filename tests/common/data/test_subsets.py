@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.data import nested_subset
+from common.data.subsets import hold_out_pairs
 
 
 @given(st.integers(2, 200), st.integers(0, 5), st.data())
@@ -54,3 +55,20 @@ def test_numpy_has_not_changed_its_stream() -> None:
 def test_impossible_subsets(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nested_subset(range(10), **arguments)  # type: ignore[arg-type]
+
+
+def test_held_out_subjects_are_paired_in_a_ring_and_never_trained_on() -> None:
+    subjects = [{"id": f"s{i}", "image": f"s{i}.nii.gz", "label": f"l{i}.nii.gz"} for i in range(25)]
+    left, pairs = hold_out_pairs(subjects, 0.12)
+    aside = {pair["moving_id"] for pair in pairs}
+    assert len(pairs) == 3 and len(left) == 22
+    assert aside == {pair["fixed_id"] for pair in pairs}
+    assert not aside & {subject["id"] for subject in left}
+    assert all(pair["moving_id"] != pair["fixed_id"] for pair in pairs)
+    assert pairs[0]["moving_label"] == pairs[0]["moving"].replace("s", "l", 1)
+    assert hold_out_pairs(subjects, 0.12) == (left, pairs)
+
+
+def test_too_few_subjects_to_hold_out_say_what_to_do() -> None:
+    with pytest.raises(ValueError, match="3 training subjects are too few to set 2 aside"):
+        hold_out_pairs([{"id": str(i), "image": str(i)} for i in range(3)])
