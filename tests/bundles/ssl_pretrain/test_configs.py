@@ -1,0 +1,99 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The configs hold to MONAI's bundle properties and to the published settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIGS = "bundles/ssl_pretrain/configs"
+
+
+def python(repository: Path, code: str) -> str:
+    """Run in a process of its own, since ``scripts`` means another package in each bundle."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("train", "train", "spatial_size=[16, 16, 16]"),
+        ("finetune", "train", "dataset_dir=DATA, spatial_size=[16, 16, 16]"),
+        ("inference", "infer", "dataset_dir=DATA"),
+    ],
+)
+def test_monai_finds_every_property_it_asks_for(
+    repository: Path, name: str, kind: str, options: str, tmp_path: Path
+) -> None:
+    code = f"""
+import sys
+DATA, OUT = {str(tmp_path / "data")!r}, {str(tmp_path / "out")!r}
+sys.path.insert(1, "bundles/ssl_pretrain")
+from monai.bundle import ConfigWorkflow
+workflow = ConfigWorkflow(
+    "{CONFIGS}/{name}.json", workflow_type="{kind}", logging_file=False, output_dir=OUT, {options}
+)
+workflow.initialize()
+print("missing:", workflow.check_properties())
+"""
+    assert "missing: []" in python(repository, code)
+
+
+def test_published_settings_have_the_published_number_of_parameters(repository: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(1, "bundles/ssl_pretrain")
+from monai.bundle import ConfigParser
+for job in ("train", "finetune"):
+    overlay = "paper_ixi_pretrain" if job == "train" else "paper_ixi"
+    parser = ConfigParser()
+    parser.read_config([f"{CONFIGS}/{{job}}.json", f"{CONFIGS}/{{overlay}}.json"])
+    network = parser.get_parsed_content("network_def")
+    print(sum(p.numel() for p in network.encoder.parameters()), sum(p.numel() for p in network.parameters()))
+"""
+    pretrain, finetune = python(repository, code).splitlines()[-2:]
+    assert pretrain.split() == ["11853528", str(11853528 + 321528)]
+    assert finetune.split()[0] == "11853528"
+
+
+def test_metadata_fits_monais_schema_and_its_changelog(repository: Path, shared: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    metadata = json.loads((repository / CONFIGS / "metadata.json").read_text())
+    jsonschema.validate(metadata, json.loads((shared / "specs/meta_schema_20240725.retyped.json").read_text()))
+    assert metadata["version"] in metadata["changelog"]
+
+
+def test_no_step_before_run_touches_scripts_and_no_expression_is_long(repository: Path) -> None:
+    for path in sorted((repository / CONFIGS).glob("*.json")):
+        config = json.loads(path.read_text())
+        assert "scripts" not in json.dumps(config.get("initialize", ""))
+        for text in _strings(config):
+            if text.startswith("$"):
+                assert len(text) < 120 and "__" not in text and "subprocess" not in text, f"{path.name}: {text}"
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for part in value.values() for text in _strings(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in _strings(part)]
+    return [value] if isinstance(value, str) else []

@@ -1,0 +1,78 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The core finds bundles wherever it lies, and imports nothing of them."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+
+
+def test_a_bundle_is_found_in_the_checkout(repository: Path) -> None:
+    assert Path(common.bundle_root("ssl_pretrain")) == repository / "bundles/ssl_pretrain"
+
+
+def test_an_unknown_bundle_is_named(repository: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no bundle 'nothing'"):
+        common.bundle_root("nothing")
+
+
+def test_a_shipped_bundle_finds_itself(repository: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "ssl_pretrain"
+    for part in ("configs", "scripts"):
+        shutil.copytree(repository / "bundles/ssl_pretrain" / part, bundle / part)
+    (bundle / "common").mkdir()
+    shutil.copy(repository / "common/__init__.py", bundle / "common")
+    code = "import common; print(common.bundle_root('ssl_pretrain'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=bundle, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == bundle.resolve()
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return names
+
+
+# What each part of the core may import of the core; see DESIGN: arrows point one way.
+ALLOWED = {
+    "spatial": {"spatial"},
+    "losses": {"losses", "spatial"},
+    "metrics": {"metrics", "spatial"},
+    "networks": {"networks", "spatial"},
+    "io": {"io", "spatial"},
+    "transforms": {"transforms", "spatial", "io"},
+    "data": {"data", "transforms", "spatial", "io"},
+    "handlers": {"handlers", "spatial", "io", "metrics"},
+}
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_arrows_point_one_way(repository: Path, part: str) -> None:
+    for path in (repository / "common" / part).rglob("*.py"):
+        ours = {name.split(".")[1] for name in imported(path) if name.startswith("common.") and name.count(".") >= 1}
+        assert ours <= ALLOWED[part], f"{path.relative_to(repository)} imports {ours - ALLOWED[part]}"
+
+
+def test_the_core_knows_no_bundle(repository: Path) -> None:
+    for path in (repository / "common").rglob("*.py"):
+        assert not any(name.split(".")[0] in ("bundles", "scripts") for name in imported(path)), path
