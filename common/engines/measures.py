@@ -19,14 +19,14 @@ from common.losses import LNCC
 from common.metrics import (
     AverageSurfaceDistance,
     DiceScore,
+    EndpointError,
     HausdorffDistance95,
     MetricCollection,
     NonDiffeomorphicVolumePercent,
     NonPositiveJacobianPercent,
+    Similarity,
     StdLogJacobian,
 )
-from common.metrics.endpoint import EndpointError
-from common.metrics.similarity import Similarity
 
 __all__ = ["standard_measures"]
 

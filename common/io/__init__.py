@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from common.io.common_grid import common_grid
 from common.io.fields import load_field, save_field
 from common.io.grids import GridError, grid_difference, require_same_grid, same_grid
 from common.io.scans import Scan, ScanError, load_image, save_image
@@ -20,6 +21,7 @@ __all__ = [
     "GridError",
     "Scan",
     "ScanError",
+    "common_grid",
     "grid_difference",
     "load_field",
     "load_image",

@@ -14,19 +14,23 @@ from __future__ import annotations
 
 from common.metrics.base import RegistrationMetric
 from common.metrics.collection import MetricCollection
+from common.metrics.endpoint import EndpointError
 from common.metrics.landmarks import TargetRegistrationError
 from common.metrics.overlap import DiceScore
 from common.metrics.regularity import NonDiffeomorphicVolumePercent, NonPositiveJacobianPercent, StdLogJacobian
+from common.metrics.similarity import Similarity
 from common.metrics.surface import AverageSurfaceDistance, HausdorffDistance95
 
 __all__ = [
     "AverageSurfaceDistance",
     "DiceScore",
+    "EndpointError",
     "HausdorffDistance95",
     "MetricCollection",
     "NonDiffeomorphicVolumePercent",
     "NonPositiveJacobianPercent",
     "RegistrationMetric",
+    "Similarity",
     "StdLogJacobian",
     "TargetRegistrationError",
 ]

@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.io.common_grid import common_grid
+from common.io import common_grid
 from common.transforms.preprocessing import scan_transforms
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.metrics.endpoint import EndpointError
+from common.metrics import EndpointError
 
 
 @pytest.mark.parametrize("d", [2, 3])
