@@ -202,7 +202,8 @@ class _History:
         self.values = self.values[first:] + [value]
         self.differences = self.differences[first:] + [difference]
         row = difference.flatten(1).unsqueeze(1)
-        products = [torch.bmm(row, other.flatten(1).unsqueeze(2))[:, 0] for other in self.differences]
+        with torch.autocast(row.device.type, enabled=False):
+            products = [torch.bmm(row, other.flatten(1).unsqueeze(2))[:, 0] for other in self.differences]
         newest = torch.cat(products, dim=1).double()  # (b, n)
         count = newest.shape[1]
         gram = newest.new_empty(len(newest), count, count)
