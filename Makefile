@@ -25,8 +25,8 @@ $(STAMP): constraints.txt pyproject.toml
 
 demo: setup
 	$(RUN) $(SSL)/train.json --output_dir $(DEMO)/pretrain
-	$(RUN) $(SSL)/finetune.json --pretrained $(DEMO)/pretrain/model.pt --output_dir $(DEMO)/finetune
-	$(RUN) $(SSL)/inference.json --checkpoint $(DEMO)/finetune/model.pt --output_dir $(DEMO)/registration
+	$(RUN) $(SSL)/finetune.json --pretrained $(DEMO)/pretrain/model.pt --dataset_dir $(DEMO)/data --output_dir $(DEMO)/finetune
+	$(RUN) $(SSL)/inference.json --checkpoint $(DEMO)/finetune/model.pt --dataset_dir $(DEMO)/data --output_dir $(DEMO)/registration
 	@echo
 	@echo "Pretraining on random images   $(DEMO)/pretrain       pictures/, TensorBoard logs, model.pt"
 	@echo "Fine-tuning on the cohort      $(DEMO)/finetune       pictures/, metrics.csv, model.pt"
