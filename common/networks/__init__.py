@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from common.networks.attention import vector_field_attention
 from common.networks.base import (
     Encoder,
     RegistrationNetwork,
@@ -26,6 +27,7 @@ from common.networks.base import (
 )
 from common.networks.blocks import ConvUnit, FlowHead, InstanceNorm, UpStage, upsample_to
 from common.networks.convolution import convolution, convolve
+from common.networks.correlation import both_ways, local_correlation
 from common.networks.factory import ENCODER_PRESETS, build_encoder
 from common.networks.swin import SwinEncoder
 from common.networks.transmorph_tvf import PyramidDecoder, TimeSteps, TransMorphTVF, TVFOutput
@@ -53,6 +55,7 @@ __all__ = [
     "VoxelMorphUNet",
     "as_tuple",
     "average_pool",
+    "both_ways",
     "build_encoder",
     "convolution",
     "convolve",
@@ -60,9 +63,11 @@ __all__ = [
     "encode_pair",
     "interpolate_bias_tables",
     "load_encoder_weights",
+    "local_correlation",
     "pad_to_multiple",
     "paired_channels",
     "split_pair",
     "to_image_grid",
     "upsample_to",
+    "vector_field_attention",
 ]

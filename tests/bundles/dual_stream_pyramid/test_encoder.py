@@ -31,7 +31,7 @@ def test_every_level_halves_the_one_before(size: tuple[int, ...], device: torch.
 
 def test_convolutions_start_with_the_gain_of_a_leaky_relu_and_without_bias() -> None:
     block = DualStreamEncoder().blocks[4]
-    assert block.conv2.weight.std() == pytest.approx((2 / (1.04 * 64 * 27)) ** 0.5, rel=0.02)
+    assert block.conv2.weight.std().item() == pytest.approx((2 / (1.04 * 64 * 27)) ** 0.5, rel=0.02)
     assert block.skip.bias.abs().max() == 0
 
 
@@ -41,4 +41,4 @@ def test_the_head_starts_near_zero_and_answers_in_float32(device: torch.device) 
         motion = head(torch.randn(1, 6, 9, 7, device=device))
     assert motion.dtype == torch.float32 and motion.shape == (1, 2, 9, 7)
     assert 0 < motion.abs().max() < 1e-3
-    assert head.flow.conv.weight.std() == pytest.approx(1e-5, rel=0.3)
+    assert head.flow.conv.weight.std().item() == pytest.approx(1e-5, rel=0.3)
