@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from common.spatial.grid import as_field, check_batch
-from common.spatial.sampling import padding_code, sample_backward, sample_forward, sample_linear, sampler_grid
+from common.spatial.sampling import padding_code, sample_backward, sample_forward, sample_linear
 
 __all__ = ["compose", "integrate"]
 
@@ -78,7 +78,7 @@ def _square(ddf: Tensor, steps: int, code: int, kept: list[Tensor] | None = None
     for _ in range(steps):
         if kept is not None:
             kept.append(ddf)
-        ddf = sample_forward(ddf, sampler_grid(ddf, ddf.shape[2:]), code).add_(ddf)
+        ddf = sample_forward(ddf, ddf, code).add_(ddf)
     return ddf
 
 
@@ -97,10 +97,7 @@ class _ScalingAndSquaring(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         for ddf in reversed(ctx.saved_tensors):
-            size = ddf.shape[2:]
-            total, for_grid = sample_backward(gradient, ddf, sampler_grid(ddf, size), ctx.code, (True, True))
-            total.add_(gradient)
-            for axis, count in enumerate(size):
-                total[:, axis].add_(for_grid[..., len(size) - 1 - axis], alpha=2.0 / count)
-            gradient = total
+            for_image, for_field = sample_backward(gradient, ddf, ddf, ctx.code, (True, True))
+            assert for_image is not None and for_field is not None
+            gradient = for_image.add_(gradient).add_(for_field)
         return gradient / 2**ctx.steps, None, None

@@ -14,8 +14,9 @@ PyTorch's sampler wants normalised, channels-last, reversed coordinates. They ar
 the ``align_corners=False`` normalisation: for voxel displacements both give the same positions, but this one is defined
 on axes of size 1 too. The coordinates are rebuilt in the backward pass, so nothing but the image and the field is kept.
 
-On the CPU PyTorch's sampler shares its work between threads by batch item only. A batch with fewer items than threads
-is therefore handed over as parts of the output, each an item that looks into the same image.
+On the CPU PyTorch's sampler has vectorised code for 2-D alone; :mod:`common.spatial.trilinear` does 3-D. And it shares
+its work between threads by batch item only: a batch with fewer items than threads is therefore handed over as parts of
+the output, each an item that looks into the same image.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from common.spatial.trilinear import fits, trilinear, trilinear_backward
 
 __all__ = ["PADDING", "padding_code", "sample_backward", "sample_forward", "sample_linear", "sampler_grid"]
 
@@ -60,7 +63,30 @@ def sample_linear(image: Tensor, ddf: Tensor, padding: str) -> Tensor:
     if torch.is_grad_enabled() and (image.requires_grad or ddf.requires_grad):
         result: Tensor = _SampleLinear.apply(image, ddf, code)
         return result
-    return sample_forward(image, sampler_grid(ddf, image.shape[2:]), code)
+    return sample_forward(image, ddf, code)
+
+
+def sample_forward(image: Tensor, ddf: Tensor, code: int) -> Tensor:
+    """:func:`sample_linear` with the padding's code, and not to be differentiated."""
+    if fits(image, ddf):
+        return trilinear(image, ddf, code == PADDING["border"])
+    return _sampler_forward(image, sampler_grid(ddf, image.shape[2:]), code)
+
+
+def sample_backward(
+    gradient: Tensor, image: Tensor, ddf: Tensor, code: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`sample_forward` in image and field; ``None`` for what is not wanted."""
+    if fits(image, ddf):
+        return trilinear_backward(gradient, image, ddf, code == PADDING["border"], wanted)
+    size = image.shape[2:]
+    for_image, for_grid = _sampler_backward(gradient, image, sampler_grid(ddf, size), code, wanted)
+    for_ddf = None
+    if wanted[1]:
+        for_ddf = torch.empty_like(ddf, memory_format=torch.contiguous_format)
+        for axis, count in enumerate(size):
+            torch.mul(for_grid[..., len(size) - 1 - axis], 2.0 / count, out=for_ddf[:, axis])
+    return for_image if wanted[0] else None, for_ddf
 
 
 def sampler_grid(ddf: Tensor, size: Sequence[int]) -> Tensor:
@@ -76,7 +102,7 @@ def sampler_grid(ddf: Tensor, size: Sequence[int]) -> Tensor:
     return grid
 
 
-def sample_forward(image: Tensor, grid: Tensor, code: int) -> Tensor:
+def _sampler_forward(image: Tensor, grid: Tensor, code: int) -> Tensor:
     """PyTorch's linear sampler for 2-D and 3-D: image (B, C, *Sm) at grid (B, *Sf, d). Not to be differentiated."""
     sampler = torch.grid_sampler_2d if grid.shape[-1] == 2 else torch.grid_sampler_3d
     parts = _parts(grid, max_parts=1024)
@@ -90,10 +116,10 @@ def sample_forward(image: Tensor, grid: Tensor, code: int) -> Tensor:
     return moved[0] if len(moved) == 1 else torch.cat(moved)
 
 
-def sample_backward(
+def _sampler_backward(
     gradient: Tensor, image: Tensor, grid: Tensor, code: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`sample_forward` in image and grid; what is not wanted is not computed (and undefined)."""
+    """Gradients of :func:`_sampler_forward` in image and grid; what is not wanted is not computed (and undefined)."""
     operators = torch.ops.aten
     backward = operators.grid_sampler_2d_backward if grid.shape[-1] == 2 else operators.grid_sampler_3d_backward
     # Each part adds up an image gradient of its own: as many copies as there are parts.
@@ -139,17 +165,11 @@ class _SampleLinear(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, ddf: Tensor, code: int) -> Tensor:
         ctx.save_for_backward(image, ddf)
         ctx.code = code
-        return sample_forward(image, sampler_grid(ddf, image.shape[2:]), code)
+        return sample_forward(image, ddf, code)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         image, ddf = ctx.saved_tensors
-        size, wanted = image.shape[2:], (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        for_image, for_grid = sample_backward(gradient, image, sampler_grid(ddf, size), ctx.code, wanted)
-        for_ddf = None
-        if wanted[1]:
-            for_ddf = torch.empty_like(ddf, memory_format=torch.contiguous_format)
-            for axis, count in enumerate(size):
-                torch.mul(for_grid[..., len(size) - 1 - axis], 2.0 / count, out=for_ddf[:, axis])
-        return for_image if wanted[0] else None, for_ddf, None
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        return *sample_backward(gradient, image, ddf, ctx.code, wanted), None
