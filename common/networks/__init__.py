@@ -29,6 +29,7 @@ from common.networks.blocks import ConvUnit, FlowHead, InstanceNorm, UpStage, up
 from common.networks.convolution import convolution, convolve
 from common.networks.correlation import both_ways, local_correlation
 from common.networks.factory import ENCODER_PRESETS, build_encoder
+from common.networks.normalization import normalize_and_activate
 from common.networks.swin import SwinEncoder
 from common.networks.transmorph_tvf import PyramidDecoder, TimeSteps, TransMorphTVF, TVFOutput
 from common.networks.vfa import VFAEncoder
@@ -64,6 +65,7 @@ __all__ = [
     "interpolate_bias_tables",
     "load_encoder_weights",
     "local_correlation",
+    "normalize_and_activate",
     "pad_to_multiple",
     "paired_channels",
     "split_pair",

@@ -12,10 +12,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.networks import FlowHead, InstanceNorm, convolution
+from common.networks import FlowHead, InstanceNorm, convolution, normalize_and_activate
 
 __all__ = ["PredictionHead", "ResidualBlock", "initialize"]
 
@@ -44,8 +43,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, *S) to (B, out_channels, *S / stride)."""
-        y = F.leaky_relu(self.norm1(self.conv1(x)), _SLOPE)
-        return F.leaky_relu(self.norm2(self.conv2(y)) + self.skip_norm(self.skip(x)), _SLOPE)
+        y = normalize_and_activate((self.conv1(x), self.norm1), slope=_SLOPE)
+        return normalize_and_activate((self.conv2(y), self.norm2), (self.skip(x), self.skip_norm), slope=_SLOPE)
 
 
 class PredictionHead(nn.Module):
