@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from common.spatial.grid import as_field
-from common.spatial.sampling import padding_code, sample_backward, sample_forward, sampler_grid
+from common.spatial.sampling import padding_code, sample_backward, sample_forward
 
 __all__ = ["FixedPoint", "anderson", "invert_implicit"]
 
@@ -145,7 +145,7 @@ def invert_implicit(
 
     def right_hand_side(inverse: Tensor, items: Tensor) -> Tensor:
         active = field if len(items) == len(field) else field[items]
-        return sample_forward(active, sampler_grid(inverse, field.shape[2:]), code).neg_()
+        return sample_forward(active, inverse, code).neg_()
 
     found = anderson(right_hand_side, -field, tolerance=tolerance, max_iterations=max_iterations, memory=memory)
     if not bool(found.converged.all()):
@@ -174,10 +174,10 @@ class _ImplicitInverse(torch.autograd.Function):
         displacement, inverse = ctx.saved_tensors
         result = torch.empty_like(displacement, memory_format=torch.contiguous_format)
         for item in range(len(result)):  # one by one: the system takes twelve numbers a voxel
-            field, part = displacement[item : item + 1], slice(item, item + 1)
-            grid = sampler_grid(inverse[part], field.shape[2:])
-            solution = _solve(_transposed_jacobian(field, grid, ctx.code), gradient[part]).neg_()
-            result[part], _ = sample_backward(solution, field, grid, ctx.code, (True, False))
+            field, place = displacement[item : item + 1], inverse[item : item + 1]
+            solution = _solve(_transposed_jacobian(field, place, ctx.code), gradient[item : item + 1]).neg_()
+            for_field, _ = sample_backward(solution, field, place, ctx.code, (True, False))
+            result[item : item + 1] = for_field
         return result, None, None
 
 
@@ -236,17 +236,16 @@ def _greatest(x: Tensor) -> Tensor:
     return torch.maximum(flat.amax(1), flat.amin(1).neg())
 
 
-def _transposed_jacobian(field: Tensor, grid: Tensor, code: int) -> list[list[Tensor]]:
-    """Entry [k][c], (B, *S): the derivative along axis k of component c of ``x + u(x)`` at the sampled places."""
-    dims = field.shape[1]
-    jacobian: list[list[Tensor]] = [[] for _ in range(dims)]
-    ones = field.new_ones(()).expand(field.shape[0], 1, *grid.shape[1:-1])
-    for c in range(dims):
-        _, slope = sample_backward(ones, field[:, c : c + 1], grid, code, (False, True))
+def _transposed_jacobian(field: Tensor, place: Tensor, code: int) -> list[list[Tensor]]:
+    """Entry [k][c], (B, *S): the derivative along axis k of component c of ``x + u(x)`` at ``x + place(x)``."""
+    jacobian: list[list[Tensor]] = [[] for _ in range(field.shape[1])]
+    ones = field.new_ones((len(field), 1, *place.shape[2:]))
+    for c in range(field.shape[1]):
+        _, slope = sample_backward(ones, field[:, c : c + 1], place, code, (False, True))
+        assert slope is not None
+        slope[:, c] += 1
         for k, row in enumerate(jacobian):
-            row.append(slope[..., dims - 1 - k] * (2.0 / field.shape[2 + k]))
-            if c == k:
-                row[c].add_(1)
+            row.append(slope[:, k])
     return jacobian
 
 

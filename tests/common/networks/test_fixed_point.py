@@ -115,10 +115,10 @@ def test_convergence_does_not_warn() -> None:
         invert_implicit(smooth_field(6, 7, amplitude=0.3))
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (3, 2, 4)])
+@pytest.mark.parametrize("shape", [(4, 5), (3, 2, 3)])
 @pytest.mark.parametrize("padding", ["border", "zeros"])
 def test_implicit_gradient_is_that_of_finite_differences(shape: tuple[int, ...], padding: str) -> None:
-    noise = 0.4 * (torch.rand(1, len(shape), *shape, dtype=torch.float64) - 0.5)
+    noise = 0.25 * (torch.rand(1, len(shape), *shape, dtype=torch.float64) - 0.5)
     field = noise.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda u: invert_implicit(u, 1e-13, max_iterations=100, padding=padding).value, field, atol=1e-6
