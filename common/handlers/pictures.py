@@ -57,7 +57,7 @@ class PictureHandler:
 
     Args:
         every: epochs between two sets of pictures.
-        count: pictures per epoch.
+        count: pictures per epoch; 0 for none.
         spacing: mm per axis, for the shape of the pictures.
         affine: (4, 4) voxel-to-world matrix (RAS mm) of all fixed images, for anatomical views; without it an
             ``affine`` in the batch's ``fixed_meta`` is used where there is one.
@@ -65,8 +65,8 @@ class PictureHandler:
     """
 
     def __init__(self, every: int = 1, count: int = 1, spacing: Any = None, affine: Any = None, dpi: int = 110) -> None:
-        if every < 1 or count < 1:
-            raise ValueError(f"every and count must be at least 1, got {every} and {count}")
+        if every < 1 or count < 0:
+            raise ValueError(f"every must be at least 1 and count at least 0, got {every} and {count}")
         self.every, self.count, self.dpi = every, count, dpi
         self.spacing, self.affine = spacing, affine
         self._drawn = 0
@@ -114,7 +114,7 @@ class PictureSaver(PictureHandler):
     Args:
         output_dir: folder, made when there is something to write.
         every: epochs between two sets of pictures.
-        count: pictures per epoch.
+        count: pictures per epoch; 0 for none.
         spacing: mm per axis, for the shape of the pictures.
         affine: (4, 4) voxel-to-world matrix (RAS mm) of all fixed images, for anatomical views; without it an
             ``affine`` in the batch's ``fixed_meta`` is used where there is one.

@@ -128,7 +128,7 @@ class TensorBoardPictures(PictureHandler):
     Args:
         log_dir: folder for the event file.
         every: epochs between two sets of pictures.
-        count: pictures per epoch.
+        count: pictures per epoch; 0 for none.
         tag: prefix of the names.
         summary_writer: a writer to share instead of an own one.
         spacing: mm per axis, for the shape of the pictures.

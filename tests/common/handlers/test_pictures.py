@@ -48,6 +48,15 @@ def test_pairs_without_ids(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_no_pictures_when_none_are_asked_for(tmp_path: Path) -> None:
+    engine = Engine(lambda e, b: output())
+    PictureSaver(tmp_path, count=0).attach(engine)
+    engine.run([0, 1])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="got 1 and -1"):
+        PictureSaver(tmp_path, count=-1)
+
+
 def test_affine_of_the_batch(tmp_path: Path) -> None:
     saver = PictureSaver(tmp_path)
     meta = {"affine": torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])).repeat(2, 1, 1)}
