@@ -31,6 +31,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from common.handlers.output import (
     RunningMeans,
+    claim_folder,
     engine_output,
     gather_objects,
     is_first_rank,
@@ -173,6 +174,7 @@ class SafeCheckpoint:
         objects: what to save, by name: ``"model"`` is the network; the rest has ``state_dict`` and
             ``load_state_dict`` (optimizer, lr_scheduler, ...). The trainer's gradient scaler is included.
         evaluator: the engine whose key metric decides; without one ``model.pt`` follows ``last.pt``.
+            When a run ends before it was measured once, ``model.pt`` holds the last weights, and a warning says so.
         key_metric: name of the metric, in the evaluator's ``state.metrics`` or else the mean in its output.
         negative: the lower the metric the better.
         interval: epochs between two ``last.pt``; there is one at the end in any case.
@@ -231,6 +233,8 @@ class SafeCheckpoint:
             self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = value, epoch
 
     def _started(self, trainer: Engine) -> None:
+        if is_first_rank():
+            claim_folder(self.save_dir)
         if not trainer.has_event_handler(self._epoch_completed):
             trainer.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self._epoch_completed)
             trainer.add_event_handler(Events.COMPLETED, self._completed)
@@ -263,6 +267,9 @@ class SafeCheckpoint:
         whole = trainer.state.iteration == trainer.state.epoch * (trainer.state.epoch_length or 0)
         if whole and self._saved_epoch != trainer.state.epoch:
             self._epoch_completed(trainer)
+        if self.evaluator is not None and self.best is None and is_first_rank():
+            logger.warning("%s was never measured: model.pt holds the weights at the end of the run", self.key_metric)
+            save_checkpoint(self.save_dir / "model.pt", unwrap(self.objects["model"]).state_dict())
 
     def _epoch_completed(self, trainer: Engine) -> None:
         self._saved_epoch = trainer.state.epoch

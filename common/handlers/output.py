@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,16 @@ from torch import Tensor
 
 from common.metrics.base import gather_objects
 
-__all__ = ["RunningMeans", "engine_output", "gather_objects", "is_first_rank", "measurements", "rank", "replacing"]
+__all__ = [
+    "RunningMeans",
+    "claim_folder",
+    "engine_output",
+    "gather_objects",
+    "is_first_rank",
+    "measurements",
+    "rank",
+    "replacing",
+]
 
 
 def is_first_rank() -> bool:
@@ -98,6 +108,20 @@ def _add_up(ranks: list[dict[str, tuple[float, int]]]) -> dict[str, tuple[float,
     names = dict.fromkeys(name for sums in ranks for name in sums)
     nothing = (0.0, 0)
     return {name: tuple(map(sum, zip(*(sums.get(name, nothing) for sums in ranks), strict=True))) for name in names}  # type: ignore[misc]
+
+
+def claim_folder(path: Path) -> None:
+    """Make a folder for results and try it, before hours of work turn out to have nowhere to go.
+
+    Raises:
+        OSError: when nothing can be written there; names the folder and the reason.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"results cannot be written to {path} ({error}): choose another output_dir") from error
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from common.handlers.output import engine_output, gather_objects, is_first_rank, replacing
+from common.handlers.output import claim_folder, engine_output, gather_objects, is_first_rank, replacing
 
 __all__ = ["MetricsTable"]
 
@@ -46,7 +46,7 @@ class MetricsTable:
     are dropped, and the first rank writes. Each run of the evaluator replaces the files.
 
     Args:
-        output_dir: folder, made when there is something to write.
+        output_dir: folder, made and tried when the evaluator starts.
         filename: the rows.
         summary_filename: the summary; None writes none.
         labels: what the K values stand for: label values in order, or a mapping from label values to names.
@@ -76,9 +76,14 @@ class MetricsTable:
 
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
-        engine.add_event_handler(Events.EPOCH_STARTED, lambda: self._local.clear())
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+
+    def _start(self, engine: Engine) -> None:
+        self._local.clear()
+        if is_first_rank():
+            claim_folder(self.output_dir)
 
     def _collect(self, engine: Engine) -> None:
         output = engine_output(engine)

@@ -133,6 +133,24 @@ def test_a_run_stopped_within_an_epoch_keeps_the_epoch_before(tmp_path: Path) ->
     assert torch.load(tmp_path / "last.pt", weights_only=True)["trainer"] == {"epoch": 1, "iteration": 3}
 
 
+def test_a_run_that_was_never_validated_leaves_its_last_weights_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, 2, evaluator=Engine(lambda e, b: {}), key_metric="dice")
+    with caplog.at_level("WARNING"):
+        run.run()
+    assert same(run.network, _loaded(tmp_path / "model.pt"))
+    assert "dice was never measured" in caplog.text
+
+
+def test_a_place_where_nothing_can_be_saved_is_named_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = Run(tmp_path / "file" / "run", 1)
+    with pytest.raises(OSError, match=r"file/run .*choose another output_dir"):
+        run.run()
+    assert not run.rates
+
+
 @pytest.mark.parametrize(("negative", "best"), [(False, 2), (True, 3)])
 @pytest.mark.parametrize("in_state", [True, False])
 def test_the_best_network_is_kept(tmp_path: Path, negative: bool, best: int, in_state: bool) -> None:
