@@ -18,12 +18,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
 from common.handlers.figures import registration_figure
-from common.io import Scan, load_image, save_field, save_image
+from common.handlers.output import claim_folder
+from common.io import Scan, load_image, require_same_grid, save_field, save_image
+from common.io.fields import FIELD_FORMATS
 from common.spatial import warp, warp_labels
 from common.spatial.world import field_on_grid
 
@@ -41,19 +44,37 @@ class RegistrationWriter:
     names one, ``moved_label.nii.gz``. Several pairs get a folder each, ``<moving_id>_to_<fixed_id>``.
 
     Args:
-        output_dir: folder, made when there is something to write.
+        output_dir: folder, made and tried before the first pair.
         pairs: the pairs in the evaluator's order: ``moving`` and ``fixed`` are files, ``moving_label`` may be.
         field_format: ``"itk"`` or ``"l2r"``, see :func:`common.io.save_field`.
+
+    Raises:
+        ValueError: for an unknown format; when the evaluator starts, for a label map with fractional values.
+        GridError: when the evaluator starts, for a label map that does not lie on its scan's grid.
+        OSError: when the evaluator starts, for a folder that cannot be written to.
     """
 
     def __init__(self, output_dir: str | Path, pairs: Sequence[Mapping[str, Any]], field_format: str = "itk") -> None:
+        if field_format not in FIELD_FORMATS:
+            raise ValueError(f"unknown field_format '{field_format}', expected one of {list(FIELD_FORMATS)}")
         self.output_dir = Path(output_dir)
         self.pairs = {(_name(p, "moving"), _name(p, "fixed")): p for p in pairs}
         self.field_format = field_format
 
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
+        engine.add_event_handler(Events.STARTED, self._check)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write_batch)
+
+    def _check(self, engine: Engine) -> None:
+        """Find out now what would fail, or give wrong labels, after the network has worked."""
+        claim_folder(self.output_dir)
+        for pair in self.pairs.values():
+            if pair.get("moving_label"):
+                label = load_image(pair["moving_label"])
+                require_same_grid(load_image(pair["moving"]), label)
+                if not np.array_equal(label.array, np.round(label.array)):
+                    raise ValueError(f"{label.path} must hold whole numbers, as a label map does; is it an image?")
 
     def _write_batch(self, engine: Engine) -> None:
         output = engine.state.output

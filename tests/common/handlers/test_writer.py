@@ -1,0 +1,93 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+
+from common.handlers import RegistrationWriter
+from common.io import GridError, load_field, load_image
+
+SHAPE = (9, 8, 7)
+
+
+def scan(path: Path, array: np.ndarray) -> Path:
+    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> dict[str, Any]:
+    image = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+    label = (image > 0.5).astype(np.uint8)
+    files = {"moving": image, "fixed": image[::-1].copy(), "moving_label": label}
+    return {name: scan(tmp_path / f"{name}.nii.gz", array) for name, array in files.items()}
+
+
+def register(folder: Path, pair: dict[str, Any], *, shift: float = 1.0, **options: Any) -> list[int]:
+    """Write a shift along the first axis; returns how many batches were processed."""
+    processed: list[int] = []
+
+    def step(engine: Engine, batch: Any) -> dict[str, Any]:
+        processed.append(batch)
+        ddf = torch.zeros(1, 3, *SHAPE)
+        ddf[:, 0] = shift
+        grids = {name: torch.eye(4, dtype=torch.float64)[None] for name in ("fixed_affine", "moving_affine")}
+        return {"moving_id": ["moving"], "fixed_id": ["fixed"], "ddf": ddf, "metrics": {}, **grids}
+
+    engine = Engine(step)
+    RegistrationWriter(folder, [pair], **options).attach(engine)
+    try:
+        engine.run([0])
+    except Exception:
+        assert not processed, "what is wrong must be found before the network works"
+        raise
+    return processed
+
+
+def test_files_hold_the_shifted_scan_and_label_and_the_field(pair: dict[str, Any], tmp_path: Path) -> None:
+    register(tmp_path / "out", pair, field_format="l2r")
+    moving, moved = load_image(pair["moving"]).array, load_image(tmp_path / "out/moved.nii.gz").array
+    assert np.allclose(moved[:-1], moving[1:], atol=1e-6) and not moved[-1].any()
+    label, moved_label = load_image(pair["moving_label"]).array, load_image(tmp_path / "out/moved_label.nii.gz").array
+    assert np.array_equal(moved_label[:-1], label[1:]) and not moved_label[-1].any()
+    ddf = load_field(tmp_path / "out/ddf.nii.gz", fmt="l2r")
+    assert torch.allclose(ddf[0, 0], torch.ones(SHAPE)) and not ddf[0, 1:].any()
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == {}
+
+
+def test_a_label_on_another_grid_is_refused(pair: dict[str, Any], tmp_path: Path) -> None:
+    scan(pair["moving_label"], np.ones((5, 8, 7), np.uint8))
+    with pytest.raises(GridError, match=r"moving.nii.gz and .*moving_label.nii.gz .*\(9, 8, 7\) != \(5, 8, 7\)"):
+        register(tmp_path / "out", pair)
+
+
+def test_an_image_for_a_label_is_refused(pair: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"moving.nii.gz must hold whole numbers"):
+        register(tmp_path / "out", {**pair, "moving_label": pair["moving"]})
+
+
+def test_a_folder_that_cannot_be_made_is_named(pair: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/out .*choose another output_dir"):
+        register(tmp_path / "file/out", pair)
+
+
+def test_an_unknown_format_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'itkk', expected one of \['itk', 'l2r'\]"):
+        RegistrationWriter(tmp_path, [], field_format="itkk")
