@@ -232,7 +232,11 @@ class PairDataset(Dataset):
         try:
             result = self.transform({**wanted, "id": subject["id"]})
         except Exception as error:
-            raise RuntimeError(f"subject '{subject['id']}' could not be prepared ({wanted}): {error}") from error
+            # MONAI says in which transform it happened; the reason is at the other end of the chain.
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
+            raise RuntimeError(f"subject '{subject['id']}' could not be prepared ({wanted}): {reason}") from error
         image = result["image"]
         loaded = {"image": _plain(image), "affine": _affine(image)}
         for key in self.optional:

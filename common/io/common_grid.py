@@ -43,9 +43,13 @@ def common_grid(moving: str | Path, fixed: str | Path, tolerance: float = 0.01) 
         ``common.transforms.scan_transforms``.
 
     Raises:
-        ValueError: when one scan is 2-D and the other 3-D.
+        ValueError: when one scan is 2-D and the other 3-D, or all voxels of one are alike.
     """
     scans = [load_image(moving), load_image(fixed)]
+    for scan in scans:
+        low, high = scan.array.min(), scan.array.max()
+        if low == high:
+            raise ValueError(f"{scan.path}: every voxel is {low}, there is nothing to register")
     (moving_size, moving_spacing), (fixed_size, fixed_spacing) = (_ras_size_and_spacing(scan) for scan in scans)
     if len(moving_size) != len(fixed_size):
         raise ValueError(

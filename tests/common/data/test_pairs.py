@@ -22,6 +22,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, RandGauss
 
 from common.data import PairDataset
 from common.io import load_image, save_image
+from common.transforms import scan_transforms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 Subjects = list[dict[str, Any]]
@@ -263,3 +264,9 @@ def test_a_subject_that_fails_is_named(subjects: Subjects) -> None:
     Path(subjects[3]["image"]).write_text("nothing")
     with pytest.raises(RuntimeError, match=r"subject 's3' could not be prepared.*case_0003"):
         PairDataset(subjects, cache=True)
+
+
+def test_the_reason_for_a_failure_is_told_however_deep_it_lies(subjects: Subjects) -> None:
+    save_image(subjects[3]["image"], np.full((6, 5, 4), np.nan, np.float32), np.eye(4))
+    with pytest.raises(RuntimeError, match=r"subject 's3' could not be prepared.* has 120 values that are not finite"):
+        PairDataset(subjects, transform=scan_transforms(["image"]), cache=True)

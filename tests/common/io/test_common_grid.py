@@ -58,6 +58,14 @@ def test_a_volume_of_one_slice_is_two_dimensional(tmp_path: Path, affine: np.nda
     assert abs(np.linalg.det(np.asarray(loaded.affine)[:2, :2])) > 0.1
 
 
+@pytest.mark.parametrize("value", [0, 7])
+def test_a_constant_scan_is_refused(tmp_path: Path, value: int) -> None:
+    moving = write(tmp_path / "m.nii.gz", (9, 11, 4), np.eye(4))
+    nib.save(nib.Nifti1Image(np.full((9, 11, 4), value, np.int16), np.eye(4)), tmp_path / "f.nii.gz")
+    with pytest.raises(ValueError, match=f"f.nii.gz: every voxel is {value}, there is nothing to register"):
+        common_grid(moving, tmp_path / "f.nii.gz")
+
+
 def test_a_slice_and_a_volume_are_refused(tmp_path: Path) -> None:
     moving = write(tmp_path / "m.nii.gz", (9, 11, 1), np.eye(4))
     fixed = write(tmp_path / "f.nii.gz", (9, 11, 4), np.eye(4))
