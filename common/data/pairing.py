@@ -46,12 +46,13 @@ class Pairing(Protocol):
 
 
 class RandomPartner:
-    """Every subject is the fixed one once an epoch; its moving partner is drawn anew each epoch, never itself.
+    """Every subject is the fixed one in turn; its moving partner is drawn anew each epoch, never itself.
 
     Args:
         count: number of subjects, at least 2.
         seed: of the draw.
-        length: pairs an epoch; each subject is fixed in turn. Default: one pair for each subject.
+        length: pairs an epoch. The turn goes on where the epoch before ended, so that epochs shorter than the cohort
+            leave no subject out. Default: one pair for each subject.
 
     Raises:
         ValueError: with fewer than two subjects.
@@ -67,7 +68,7 @@ class RandomPartner:
 
     def pair(self, index: int, epoch: int) -> tuple[int, int]:
         """Draw among the ``count - 1`` others, without rejection, so that each is equally likely."""
-        fixed = index % self.count
+        fixed = (epoch * self.length + index) % self.count
         draw = int(generator_for(self.seed, epoch, index).integers(self.count - 1))
         return (draw if draw < fixed else draw + 1), fixed
 
@@ -146,13 +147,13 @@ class Listed:
 class IntraSubject:
     """Scans of one subject against each other: several visits, phases or modalities.
 
-    Every scan that has a sibling is the fixed one once an epoch, with a sibling drawn anew each epoch.
+    Every scan that has a sibling is the fixed one in turn, with a sibling drawn anew each epoch.
 
     Args:
         subjects: subject entries.
         key: the entry's key that names the person or animal, such as ``"subject"``.
         seed: of the draw.
-        length: pairs an epoch. Default: one for each scan that has a sibling.
+        length: pairs an epoch, see :class:`RandomPartner`. Default: one for each scan that has a sibling.
 
     Raises:
         KeyError: when an entry lacks the key.
@@ -182,6 +183,6 @@ class IntraSubject:
 
     def pair(self, index: int, epoch: int) -> tuple[int, int]:
         """Draw among the siblings of scan ``index``."""
-        fixed, members = self.scans[index % len(self.scans)]
+        fixed, members = self.scans[(epoch * self.length + index) % len(self.scans)]
         others = [member for member in members if member != fixed]
         return others[int(generator_for(self.seed, epoch, index).integers(len(others)))], fixed

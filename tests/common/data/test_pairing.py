@@ -45,6 +45,15 @@ def test_a_longer_epoch_goes_round_again_with_other_partners() -> None:
     assert pairs[:30] != pairs[30:60]
 
 
+def test_short_epochs_leave_no_subject_out() -> None:
+    pairing = RandomPartner(10, length=4)
+    fixed = [[pair[1] for pair in drawn(pairing, epoch)] for epoch in range(5)]
+    assert fixed == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1], [2, 3, 4, 5], [6, 7, 8, 9]]
+    visits = [{"id": f"{person}{scan}", "subject": person} for person in "abc" for scan in "12"]
+    intra = IntraSubject(visits, "subject", length=3)
+    assert {pair[1] for epoch in range(2) for pair in drawn(intra, epoch)} == set(range(6))
+
+
 def test_all_ordered_pairs_once() -> None:
     pairing = AllOrdered(4)
     pairs = [pairing.pair(index, 0) for index in range(len(pairing))]
