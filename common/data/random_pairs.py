@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from common.transforms import RandImagePair
@@ -42,11 +43,17 @@ class RandomPairDataset(Dataset):
         self.data = range(length)
         self.seed = seed
         self.renew = renew
-        self.epoch = 0
+        # Shared memory, so that workers that already run (``persistent_workers``) see a new epoch.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch begins."""
-        self.epoch = epoch
+        self._epoch[0] = int(epoch)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last :meth:`set_epoch`; 0 at first."""
+        return int(self._epoch[0])
 
     def __len__(self) -> int:
         return len(self.data)
