@@ -33,7 +33,7 @@ __all__ = ["standard_measures"]
 
 def standard_measures(
     labels: Sequence[int] = (),
-    spacing: Sequence[float] | None = None,
+    spacing: Sequence[float] | str | None = None,
     surface: bool = False,
     true_field: bool = False,
     definition: str = "standard",
@@ -42,7 +42,8 @@ def standard_measures(
 
     Args:
         labels: foreground labels; none for images only.
-        spacing: mm per axis, for surface distances.
+        spacing: mm per axis for surface distances, or the name of the value that has it for each pair, such as
+            "fixed_spacing"; voxels count as 1 mm without it.
         surface: also HD95 and average surface distance (slower).
         true_field: also the end-point error, for pairs that carry ``true_ddf``.
         definition: ``"standard"``, or ``"learn2reg"`` for the challenge's own.
@@ -54,10 +55,18 @@ def standard_measures(
     entries: dict[str, dict[str, Any]] = {}
     if labels:
         entries |= _before_and_after("dice", lambda: DiceScore(labels), "label")
+        # A label that was there and is warped out of existence is missed, not absent: it scores 0.
+        entries["dice"]["inputs"].append("moving_label")
     entries |= _before_and_after("similarity", lambda: Similarity(LNCC()), "")
     if labels and surface:
-        entries |= _before_and_after("hd95", lambda: HausdorffDistance95(labels, spacing, definition), "label")
-        entries |= _before_and_after("asd", lambda: AverageSurfaceDistance(labels, spacing), "label")
+        known = None if isinstance(spacing, str) else spacing
+        distances = _before_and_after("hd95", lambda: HausdorffDistance95(labels, known, definition), "label")
+        distances |= _before_and_after("asd", lambda: AverageSurfaceDistance(labels, known), "label")
+        if isinstance(spacing, str):
+            for entry in distances.values():
+                moved, fixed = entry["inputs"]
+                entry["inputs"] = {"moved_label": moved, "fixed_label": fixed, "spacing": spacing}
+        entries |= distances
     ndv_inputs = ["ddf", "moving"] if definition == "learn2reg" else ["ddf"]
     entries["ndv"] = {"metric": NonDiffeomorphicVolumePercent(definition), "inputs": ndv_inputs}
     entries["folds"] = {"metric": NonPositiveJacobianPercent(), "inputs": ["ddf"]}

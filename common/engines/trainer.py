@@ -184,7 +184,7 @@ def _require_finite(total: Tensor, terms: Mapping[str, Tensor], batch: Mapping[s
     bad = {name: float(value) for name, value in terms.items() if not bool(torch.isfinite(value))}
     who = {key: batch[key] for key in ("moving_id", "fixed_id") if key in batch}
     raise NonFiniteLossError(
-        f"iteration {iteration}: the loss is {float(total)}; "
+        f"iteration {iteration}: the loss is {float(total.detach())}; "
         f"terms that are not finite: {bad or 'none, their sum overflows'}; "
         f"subjects: {who or 'not named by the dataset'}. "
         "Look at these scans, lower the learning rate or set clip_gradient"

@@ -49,7 +49,8 @@ class PairValues(Mapping[str, Any]):
 
     A name is looked for among the fields the network predicted, then in the batch, then among the values that can be
     computed: ``moved`` and ``moved_mask`` (linear), ``moved_label`` (linear one-hot, argmax), and the differentiable
-    ``moving_onehot``, ``fixed_onehot`` and ``moved_onehot`` (one channel per entry of ``labels``).
+    ``moving_onehot``, ``fixed_onehot`` and ``moved_onehot`` (one channel per entry of ``labels``), and
+    ``fixed_spacing`` (B, d), the voxel size in mm from ``fixed_affine``.
 
     Args:
         batch: what the loader gave, on the device.
@@ -67,6 +68,7 @@ class PairValues(Mapping[str, Any]):
             "moving_onehot": ("moving_label", lambda: self._one_hot(self["moving_label"])),
             "fixed_onehot": ("fixed_label", lambda: self._one_hot(self["fixed_label"])),
             "moved_onehot": ("moving_label", lambda: warp(self["moving_onehot"], self["ddf"])),
+            "fixed_spacing": ("fixed_affine", lambda: self["fixed_affine"][:, :-1, :-1].norm(dim=1)),
         }
 
     def __getitem__(self, name: str) -> Any:
