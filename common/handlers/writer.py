@@ -103,7 +103,8 @@ class RegistrationWriter:
             volume = torch.from_numpy(label.array.astype("int32"))[None, None].to(seen.device)
             moved_label = warp_labels(volume, ddf, padding="zeros")
             save_image(folder / "moved_label.nii.gz", moved_label[0, 0].cpu().numpy(), fixed.affine_3d)
-        metrics = {name: values[item].tolist() for name, values in output["metrics"].items()}
+        # JSON has no NaN: what could not be measured is null.
+        metrics = {k: [None if v != v else v for v in values[item].tolist()] for k, values in output["metrics"].items()}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 

@@ -45,10 +45,11 @@ def register(folder: Path, pair: dict[str, Any], *, shift: float = 1.0, **option
 
     def step(engine: Engine, batch: Any) -> dict[str, Any]:
         processed.append(batch)
+        measured = {"dice": torch.tensor([[0.5, float("nan")]])}
         ddf = torch.zeros(1, 3, *SHAPE)
         ddf[:, 0] = shift
         grids = {name: torch.eye(4, dtype=torch.float64)[None] for name in ("fixed_affine", "moving_affine")}
-        return {"moving_id": ["moving"], "fixed_id": ["fixed"], "ddf": ddf, "metrics": {}, **grids}
+        return {"moving_id": ["moving"], "fixed_id": ["fixed"], "ddf": ddf, "metrics": measured, **grids}
 
     engine = Engine(step)
     RegistrationWriter(folder, [pair], **options).attach(engine)
@@ -68,7 +69,7 @@ def test_files_hold_the_shifted_scan_and_label_and_the_field(pair: dict[str, Any
     assert np.array_equal(moved_label[:-1], label[1:]) and not moved_label[-1].any()
     ddf = load_field(tmp_path / "out/ddf.nii.gz", fmt="l2r")
     assert torch.allclose(ddf[0, 0], torch.ones(SHAPE)) and not ddf[0, 1:].any()
-    assert json.loads((tmp_path / "out/metrics.json").read_text()) == {}
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == {"dice": [0.5, None]}
 
 
 def test_a_label_on_another_grid_is_refused(pair: dict[str, Any], tmp_path: Path) -> None:
