@@ -28,6 +28,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from common.handlers.output import (
     RunningMeans,
@@ -138,8 +140,12 @@ def resume_from(
         checkpoint: the handler of this run, to go on from the best value so far.
 
     Raises:
-        CheckpointError: when the file is no ``last.pt``, lacks one of the objects, or the run is already complete.
+        CheckpointError: when the file is no ``last.pt``, lacks one of the objects, or the run is already complete, be
+            it that its schedule has brought the learning rate to 0.
         FileNotFoundError: when there is no such file.
+
+    Warns:
+        UserWarning: when a schedule was made with other settings than this run's; the file's goes on.
     """
     content = load_checkpoint(path)
     missing = [name for name in ("trainer", "rng", *objects) if name not in content]
@@ -154,6 +160,7 @@ def resume_from(
         )
     for name, target in objects.items():
         _restore(target, content[name], Path(path))
+    _require_learning(objects, Path(path), limit)
     trainer.state.epoch, trainer.state.iteration = progress["epoch"], progress["iteration"]
     if checkpoint is not None:
         checkpoint.restore_best(content["best"]["value"], content["best"]["epoch"])
@@ -343,8 +350,29 @@ def _restore(target: Any, state: Any, path: Path) -> None:
     target = unwrap(target)
     if isinstance(target, nn.Module):
         _load_weights(target, state, path)
-    else:
-        target.load_state_dict(state)
+        return
+    if isinstance(target, LRScheduler):
+        _warn_of_another_schedule(target, state, path)
+    target.load_state_dict(state)
+
+
+def _warn_of_another_schedule(target: LRScheduler, state: Mapping[str, Any], path: Path) -> None:
+    """``max_epochs`` often sets a schedule's length, which a checkpoint brings along and a longer run cannot change."""
+    own = target.state_dict()
+    constant = [k for k in own if k in state and not k.startswith("_") and k not in ("last_epoch", "base_lrs")]
+    other = [f"{k} {state[k]} instead of {own[k]}" for k in constant if state[k] != own[k]]
+    if other:
+        warnings.warn(f"{path}: its learning rate schedule goes on, which has {', '.join(other)}", stacklevel=5)
+
+
+def _require_learning(objects: Mapping[str, Any], path: Path, limit: int | None) -> None:
+    optimizers = [item for item in objects.values() if isinstance(item, Optimizer)]
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    if rates and not any(rates):
+        raise CheckpointError(
+            f"{path} has a learning rate of 0, its schedule is at an end: going on to max_epochs {limit} would change "
+            "nothing. Start a new run of that length"
+        )
 
 
 def _random_state() -> dict[str, Any]:

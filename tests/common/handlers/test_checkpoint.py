@@ -22,7 +22,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import MultiStepLR, PolynomialLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.handlers import CheckpointError, SafeCheckpoint, load_checkpoint, resume_from, save_checkpoint
@@ -106,6 +106,29 @@ def test_a_finished_run_is_not_started_over(tmp_path: Path) -> None:
     again = Run(None, 2)
     with pytest.raises(CheckpointError, match="epoch 2 and max_epochs is 2"):
         resume_from(tmp_path / "last.pt", again.engine, again.objects)
+
+
+def test_a_longer_run_is_told_that_the_schedule_has_ended_or_is_another(tmp_path: Path) -> None:
+    def scheduled(epochs: int) -> Run:
+        run = Run(None, epochs)
+        run.scheduler = PolynomialLR(run.optimizer, total_iters=epochs)  # type: ignore[assignment]
+        return run
+
+    whole = scheduled(2)
+    SafeCheckpoint(tmp_path, whole.objects).attach(whole.engine)
+    half = tmp_path / "half.pt"
+    whole.engine.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: half.write_bytes(last.read_bytes()))
+    last = tmp_path / "last.pt"
+    whole.run()
+    longer = scheduled(4)
+    with pytest.warns(UserWarning, match=r"half.pt: its .* schedule goes on, which has total_iters 2 instead of 4"):
+        resume_from(half, longer.engine, longer.objects)
+    longer = scheduled(4)
+    with (
+        pytest.warns(UserWarning, match="total_iters"),
+        pytest.raises(CheckpointError, match=r"learning rate of 0.*max_epochs 4"),
+    ):
+        resume_from(last, longer.engine, longer.objects)
 
 
 def test_last_holds_plain_values_only(tmp_path: Path) -> None:
