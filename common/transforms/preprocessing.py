@@ -36,6 +36,7 @@ from common.io.scans import affine_3d, in_plane_affine
 __all__ = ["CheckScand", "ScalePercentilesd", "SliceAsPlaned", "scan_transforms"]
 
 INTENSITIES = ("percentile", "minmax", "none")
+_PADDINGS = {"zeros": "constant", "border": "edge"}
 
 
 def scan_transforms(
@@ -46,6 +47,7 @@ def scan_transforms(
     intensity: str = "percentile",
     label_keys: Sequence[str] | None = None,
     allow_missing_keys: bool = False,
+    padding: str = "zeros",
 ) -> Compose:
     """Load, orient, resample, window and pad scans, 2-D or 3-D, in the file formats that MONAI reads.
 
@@ -63,15 +65,19 @@ def scan_transforms(
             maximum there; "none" keeps the values. A constant image becomes 0 in the first two.
         label_keys: which of the keys are label maps; None is those whose name contains "label" or "mask".
         allow_missing_keys: whether items may lack some keys.
+        padding: "zeros", or "border" to repeat an image's outermost voxels. Where scans are cut out of larger ones,
+            zeros draw a frame around each that a network then aligns, though it is no anatomy. Label maps always get 0.
 
     Returns:
         a transform of dictionaries: images (1, *S) float32, label maps (1, *S) int32.
 
     Raises:
-        ValueError: when ``intensity`` is unknown or a label key is not among the keys.
+        ValueError: when ``intensity`` or ``padding`` is unknown or a label key is not among the keys.
     """
     if intensity not in INTENSITIES:
         raise ValueError(f"intensity must be one of {INTENSITIES}, got {intensity!r}")
+    if padding not in _PADDINGS:
+        raise ValueError(f"padding must be one of {sorted(_PADDINGS)}, got {padding!r}")
     if label_keys is None:
         label_keys = [key for key in keys if "label" in key or "mask" in key]
     elif not set(label_keys) <= set(keys):
@@ -96,7 +102,9 @@ def scan_transforms(
     elif intensity == "minmax" and images:
         steps += [ScaleIntensityd(images, minv=0.0, maxv=1.0, **missing)]
     if spatial_size is not None:
-        steps += [ResizeWithPadOrCropd(both, spatial_size=tuple(spatial_size), mode="constant", **missing)]
+        size = {"spatial_size": tuple(spatial_size), **missing}
+        steps += [ResizeWithPadOrCropd(images, mode=_PADDINGS[padding], **size)] if images else []
+        steps += [ResizeWithPadOrCropd(labels, mode="constant", **size)] if labels else []
     steps += [EnsureTyped(images, dtype=torch.float32, **missing)] if images else []
     steps += [EnsureTyped(labels, dtype=torch.int32, **missing)] if labels else []
     return Compose(steps)

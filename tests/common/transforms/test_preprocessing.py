@@ -168,3 +168,16 @@ def test_hippocampus(shared: Path) -> None:
     out = scan_transforms(spatial_size=(48, 64, 48))(item)
     assert out["image"].shape == out["label"].shape == (1, 48, 64, 48)
     assert out["label"].unique().tolist() == [0, 1, 2]
+
+
+def test_a_cut_out_scan_is_continued_beyond_its_frame_and_its_labels_are_not(tmp_path: Path) -> None:
+    values = np.arange(1, 28, dtype=np.float32).reshape(3, 3, 3)
+    for name in ("image", "label"):
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    files = {name: str(tmp_path / f"{name}.nii.gz") for name in ("image", "label")}
+    item = scan_transforms(spatial_size=(5, 5, 5), intensity="none", padding="border")(files)
+    assert item["image"][0, 0, 0, 0] == values[0, 0, 0] and item["image"][0, -1, -1, -1] == values[-1, -1, -1]
+    assert item["image"][0, 0, 2, 3] == values[0, 1, 2]
+    assert item["label"][0, 0].max() == 0 and item["label"][0, 1, 1, 1] == 1
+    with pytest.raises(ValueError, match="padding must be one of"):
+        scan_transforms(spatial_size=(5, 5, 5), padding="mirror")
