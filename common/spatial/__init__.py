@@ -17,6 +17,7 @@ A field ``ddf`` is (B, d, *S), float32, in voxels of the fixed grid, channel k a
 from __future__ import annotations
 
 from common.spatial.affine import affine_to_ddf, ddf_to_affine
+from common.spatial.bspline import bspline_displacement, contraction_bound
 from common.spatial.composition import compose, integrate
 from common.spatial.digital import (
     digital_jacobian_determinants,
@@ -33,7 +34,9 @@ from common.spatial.warping import warp, warp_points
 __all__ = [
     "Inversion",
     "affine_to_ddf",
+    "bspline_displacement",
     "compose",
+    "contraction_bound",
     "ddf_to_affine",
     "digital_jacobian_determinants",
     "identity_grid",

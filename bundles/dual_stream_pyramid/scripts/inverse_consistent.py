@@ -22,7 +22,8 @@ Source: Honkamaa and Marttinen, SITReg (2023), with the dual-stream pyramid's en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,18 +31,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.networks import convolve
-from common.networks.correlation import both_ways, local_correlation
+from common.networks import InstanceNorm, both_ways, convolve, local_correlation
 from common.networks.fixed_point import invert_implicit
-from common.spatial import compose, warp
-from common.spatial.bspline import bspline_displacement, contraction_bound
+from common.spatial import bspline_displacement, compose, contraction_bound, warp
 
 from .heads import PredictionHead
 
 __all__ = ["Halves", "InverseConsistentDecoder", "SymmetricHead", "at_feature_centres"]
 
 _SLOPE = 0.2  # of the leaky ReLUs in a residual block
+_EPSILON = 1e-5  # of F.instance_norm
 _LARGE = 2**20  # features, from which on a head works on one side after the other where no gradient is wanted
+_SLAB = 2**24  # features that it then convolves at once
 _INPUTS = ("mf", "c")
 
 
@@ -94,32 +95,36 @@ class SymmetricHead(PredictionHead):
             total: a + b, (B, in_channels / 2, *S).
             difference: a - b, of the same shape.
         """
-        sides = _both_sides(self.block.conv1, total, difference)
-        if torch.is_grad_enabled() or total.numel() < _LARGE:
-            return self._rest(torch.cat(sides), total, difference, (1, -1))
-        motions = []
-        for sign in (-1, 1):
-            motions.append(self._rest(sides.pop(), total, difference, (sign,)))
-        return torch.cat(motions[::-1])
-
-    def _rest(self, first: Tensor, total: Tensor, difference: Tensor, signs: Sequence[int]) -> Tensor:
-        """What follows on the first convolution, for one side or both."""
+        if total.numel() >= _LARGE and not torch.is_grad_enabled():
+            return self._one_by_one(total, difference)
         block = self.block
-        y = F.leaky_relu_(block.norm1(first), _SLOPE)
-        del first
+        y = F.leaky_relu_(block.norm1(torch.cat(_both_sides(block.conv1, total, difference))), _SLOPE)
         y = block.norm2(block.conv2(y))
         # The skip is as little work as it is much memory: it is computed a second time in the backward pass.
         if torch.is_grad_enabled():
             y = y.add_(checkpoint(self._skip, total, difference, use_reentrant=False, preserve_rng_state=False))
         else:
-            y.add_(self._skip(total, difference, signs))
+            y.add_(self._skip(total, difference))
         motion: Tensor = self.flow(F.leaky_relu_(y, _SLOPE))
         return motion
 
-    def _skip(self, total: Tensor, difference: Tensor, signs: Sequence[int] = (1, -1)) -> Tensor:
-        sides = _both_sides(self.block.skip, total, difference)
-        skip: Tensor = self.block.skip_norm(torch.cat([sides[0 if sign > 0 else 1] for sign in signs]))
+    def _skip(self, total: Tensor, difference: Tensor) -> Tensor:
+        skip: Tensor = self.block.skip_norm(torch.cat(_both_sides(self.block.skip, total, difference)))
         return skip
+
+    def _one_by_one(self, total: Tensor, difference: Tensor) -> Tensor:
+        """:meth:`both` without gradients: one side after the other, in place, convolutions by slabs."""
+        block, motions = self.block, []
+        sides = _by_slabs(partial(_both_sides, block.conv1), total, difference)
+        for sign in (-1, 1):
+            y = F.leaky_relu_(_normalize_(sides.pop(), block.norm1), _SLOPE)
+            (y,) = _by_slabs(lambda part: [block.conv2(part)], y)
+            y = _normalize_(y, block.norm2)
+            (skip,) = _by_slabs(partial(_one_side, block.skip, sign), total, difference)
+            y = F.leaky_relu_(y.add_(_normalize_(skip, block.skip_norm)), _SLOPE)
+            del skip
+            motions += _by_slabs(lambda part: [self.flow(part)], y)
+        return torch.cat(motions[::-1])
 
 
 class InverseConsistentDecoder(nn.Module):
@@ -278,8 +283,50 @@ def _advance(halves: Halves | None, displacement: Tensor, inverse: Tensor) -> Ha
 
 def _both_sides(layer: nn.Module, total: Tensor, difference: Tensor) -> list[Tensor]:
     """A convolution of cat(a, b) and of cat(b, a), from a + b and a - b."""
+    even, odd = _even_and_odd(layer, total, difference)
+    return [even + odd, even.sub_(odd)]
+
+
+def _one_side(layer: nn.Module, sign: int, total: Tensor, difference: Tensor) -> list[Tensor]:
+    even, odd = _even_and_odd(layer, total, difference)
+    return [even.add_(odd, alpha=sign)]
+
+
+def _even_and_odd(layer: nn.Module, total: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
     front, back = layer.weight.chunk(2, dim=1)
     padding = layer.weight.shape[-1] // 2
     even = convolve(total, (front + back) / 2, layer.bias, padding=padding)
-    odd = convolve(difference, (front - back) / 2, padding=padding)
-    return [even + odd, even.sub_(odd)]
+    return even, convolve(difference, (front - back) / 2, padding=padding)
+
+
+def _by_slabs(function: Callable[..., list[Tensor]], *maps: Tensor) -> list[Tensor]:
+    """A function whose voxels depend on their direct neighbours only, applied to slabs of the first axis.
+
+    Convolutions on a CPU lay their input and output out anew; by slabs these copies stay small.
+
+    Args:
+        function: of maps (B, ?, *S), to maps (B, ?, *S).
+        maps: (B, C, *S).
+    """
+    count = maps[0].shape[2]
+    rows = max(1, _SLAB // maps[0][:, :, :1].numel())
+    if rows >= count:
+        return function(*maps)
+    results: list[Tensor] = []
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        first, last = max(start - 1, 0), min(stop + 1, count)
+        parts = function(*(x[:, :, first:last] for x in maps))
+        results = results or [part.new_empty((*part.shape[:2], *maps[0].shape[2:])) for part in parts]
+        for result, part in zip(results, parts, strict=True):
+            result[:, :, start:stop] = part[:, :, start - first : stop - first]
+    return results
+
+
+def _normalize_(x: Tensor, norm: InstanceNorm) -> Tensor:
+    """An affine instance norm in place."""
+    shape = (*x.shape[:2], *(1,) * (x.ndim - 2))
+    variance, mean = torch.var_mean(x.flatten(2).float(), dim=2, correction=0)
+    assert norm.weight is not None and norm.bias is not None
+    scale = norm.weight * (variance + _EPSILON).rsqrt()
+    return x.sub_(mean.view(shape)).mul_(scale.view(shape)).add_(norm.bias.view(1, *shape[1:]))

@@ -155,7 +155,8 @@ def test_one_side_at_a_time_is_both_at_once(inputs: str, monkeypatch: pytest.Mon
     moving, fixed = pyramid((9, 12), 2), pyramid((9, 12), 2)
     with torch.no_grad():
         together = decoder(moving, fixed, (9, 12))["ddf"]
-        monkeypatch.setattr("bundles.dual_stream_pyramid.scripts.inverse_consistent._LARGE", 0)
+        for limit, value in (("_LARGE", 0), ("_SLAB", 2 * 4 * 12 * 3)):  # slabs of three rows and more
+            monkeypatch.setattr(f"bundles.dual_stream_pyramid.scripts.inverse_consistent.{limit}", value)
         one_by_one = decoder(moving, fixed, (9, 12))["ddf"]
     torch.testing.assert_close(one_by_one, together, rtol=0, atol=1e-5)
 
