@@ -26,7 +26,7 @@ __all__ = ["normalize_and_activate"]
 _EPSILON = 1e-5  # of F.instance_norm
 
 
-def normalize_and_activate(*branches: tuple[Tensor, InstanceNorm], slope: float) -> Tensor:
+def normalize_and_activate(*branches: tuple[Tensor, InstanceNorm], slope: float, overwrite: bool = False) -> Tensor:
     """``leaky_relu(sum_i norm_i(x_i))`` of branches (x_i, norm_i).
 
     For the backward pass each x_i is kept and the result, which the next layer keeps anyway; the operations one by one
@@ -35,6 +35,7 @@ def normalize_and_activate(*branches: tuple[Tensor, InstanceNorm], slope: float)
     Args:
         branches: maps (B, C, *S) of equal shape, each with its affine norm.
         slope: of the leaky ReLU, positive: its sign pattern is read off the result.
+        overwrite: where no gradient is recorded, work in the memory of the maps, whose values are then lost.
 
     Returns:
         (B, C, *S).
@@ -55,13 +56,27 @@ def normalize_and_activate(*branches: tuple[Tensor, InstanceNorm], slope: float)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         result: Tensor = _NormalizeAndActivate.apply(slope, *inputs)
         return result
-    total, _ = _normalized_sum(inputs)
+    if overwrite and inputs[0].dtype in (torch.float32, torch.float64):  # half precision would round scale and shift
+        maps = [_normalized_in_place(*inputs[i : i + 3]) for i in range(0, len(inputs), 3)]
+        total = maps[0]
+        for other in maps[1:]:
+            total.add_(other)
+    else:
+        total, _ = _normalized_sum(inputs)
     return F.leaky_relu_(total, slope)
 
 
 def _as_one_item(x: Tensor) -> Tensor:
     """Every channel of every item as a channel of one item: what batch normalisation then does is instance-wise."""
     return x.reshape(1, -1, *x.shape[2:])
+
+
+def _normalized_in_place(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    mean, variance = torch.batch_norm_update_stats(_as_one_item(x), None, None, 0.0)
+    scale = weight.repeat(len(x)) * (variance + _EPSILON).rsqrt()
+    shift = bias.repeat(len(x)) - mean * scale
+    shape = (*x.shape[:2], *(1,) * (x.ndim - 2))
+    return torch.addcmul(shift.view(shape).to(x.dtype), x, scale.view(shape).to(x.dtype), out=x)
 
 
 def _normalized_sum(inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

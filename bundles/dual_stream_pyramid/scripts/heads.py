@@ -43,8 +43,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, *S) to (B, out_channels, *S / stride)."""
-        y = normalize_and_activate((self.conv1(x), self.norm1), slope=_SLOPE)
-        return normalize_and_activate((self.conv2(y), self.norm2), (self.skip(x), self.skip_norm), slope=_SLOPE)
+        y = normalize_and_activate((self.conv1(x), self.norm1), slope=_SLOPE, overwrite=True)
+        y = self.conv2(y)
+        branches = (y, self.norm2), (self.skip(x), self.skip_norm)
+        return normalize_and_activate(*branches, slope=_SLOPE, overwrite=True)
 
 
 class PredictionHead(nn.Module):

@@ -42,6 +42,17 @@ def test_the_same_as_one_operation_after_the_other(size: Sequence[int], count: i
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(normalize_and_activate(*branches, slope=0.2), plain)
+        kept = [x.clone() for x, _ in branches]
+        torch.testing.assert_close(normalize_and_activate(*branches, slope=0.2, overwrite=True), plain)
+        if len(kept) > 1 and plain[0, 0].numel() > 1:
+            assert not torch.equal(branches[0][0], kept[0])
+
+
+def test_nothing_is_overwritten_while_a_gradient_is_recorded() -> None:
+    x = torch.randn(1, 2, 4, 4)
+    before = x.clone()
+    normalize_and_activate((x, _norm(2)), slope=0.2, overwrite=True)
+    assert torch.equal(x, before)
 
 
 def test_gradient() -> None:
