@@ -76,7 +76,8 @@ def hippocampus() -> dict[str, Any]:
     return {
         "name": "hippocampus",
         "description": "Hippocampi cut out of T1 brain MRI, Medical Segmentation Decathlon task 4, 220 of its subjects",
-        "source": "http://medicaldecathlon.com (Task04_Hippocampus.tar), or load_cohort('hippocampus', download=True)",
+        "source": "http://medicaldecathlon.com (Task04_Hippocampus.tar), or let it be fetched: --download True on a "
+        "bundle's command line, load_cohort('hippocampus', download=True) in Python",
         "reference": "Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 2022",
         "licence": "CC-BY-SA 4.0",
         "folder": "Task04_Hippocampus",
