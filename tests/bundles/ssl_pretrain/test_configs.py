@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,21 @@ def test_no_step_before_run_touches_scripts_and_no_expression_is_long(repository
         for text in _strings(config):
             if text.startswith("$"):
                 assert len(text) < 120 and "__" not in text and "subprocess" not in text, f"{path.name}: {text}"
+
+
+def test_the_options_in_the_documentation_are_keys_with_these_defaults(repository: Path) -> None:
+    text = (repository / "bundles/ssl_pretrain/docs/README.md").read_text()
+    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `")]
+    configs = {n: json.loads((repository / CONFIGS / f"{n}.json").read_text()) for n in ("train", "finetune")}
+    known = {name.split("#")[0] for config in configs.values() for name in config}
+    named = [name for keys, _, _ in rows for name in re.findall(r"`([^`]+)`", keys)]
+    assert len(named) > 20
+    assert {name.split("#")[0] for name in named} <= known
+    defaults = {keys.strip(): default.strip() for keys, meaning, default in rows if "pretraining" not in meaning}
+    finetune = configs["finetune"]
+    sizes = [finetune[name] for name in ("max_epochs", "epoch_length", "batch_size")]
+    assert defaults["`max_epochs`, `epoch_length`, `batch_size`"] == ", ".join(map(str, sizes))
+    assert defaults["`encoder`"] == f"`{finetune['encoder']}`" and defaults["`preset`"] == f"`{finetune['preset']}`"
 
 
 def _strings(value: object) -> list[str]:
