@@ -110,6 +110,21 @@ def test_fine_tuning_starts_from_the_pretrained_encoder(repository: Path, pretra
     assert all((start[name] - end[name]).abs().max() < 3e-3 for name in shared)
 
 
+def test_fine_tuning_goes_on_from_a_whole_network(
+    repository: Path, finetuned: Path, cache: Path, tmp_path: Path
+) -> None:
+    options = {
+        "dataset_dir": cache,
+        "spatial_size": [24, 24, 24],
+        "max_epochs": 1,
+        "epoch_length": 1,
+        "val_interval": 1,
+    }
+    succeed(run(repository, "finetune", output_dir=tmp_path, checkpoint=finetuned / "model.pt", **options))
+    start, end = weights(finetuned / "model.pt"), weights(tmp_path / "model.pt")
+    assert all((start[name] - end[name]).abs().max() < 3e-3 for name in start)
+
+
 def test_weights_of_another_encoder_are_refused_by_name(
     repository: Path, pretrained: Path, cache: Path, tmp_path: Path
 ) -> None:
