@@ -10,7 +10,7 @@ DEMO ?= runs/demo
 .PHONY: help setup demo test lint format bench clean
 
 help:
-	@echo "make demo   set up, pretrain on random images, fine-tune, register two scans (about 5 minutes on two cores)"
+	@echo "make demo   set up, pretrain on random images, fine-tune, register two scans (under 3 minutes on two cores, and the set-up)"
 	@echo "make test   set up and run the test suite"
 	@echo "make lint   style and types"
 	@echo "make bench  time and memory of the core, side by side with MONAI's"

@@ -96,16 +96,32 @@ class RegistrationWriter:
         save_field(folder / "ddf.nii.gz", ddf, fixed.affine_3d, moving.affine_3d, fmt=self.field_format)
         # Before registration: where the network met the moving scan, which is the centres of both grids together.
         before = warp(image, start, padding="zeros")
-        figure = registration_figure(before[0], _image(fixed, seen.device)[0], moved[0], ddf[0], **_view(fixed))
+        old_image, target, new_image = (
+            _windowed(before, image)[0],
+            _windowed(_image(fixed, seen.device))[0],
+            _windowed(moved, image)[0],
+        )
+        labels: dict[str, Any] = _moved_labels(folder, pair, ddf, start, fixed) if pair.get("moving_label") else {}
+        figure = registration_figure(old_image, target, new_image, ddf[0], **labels, **_view(fixed))
         figure.savefig(folder / "registration.png", dpi=110)
-        if pair.get("moving_label"):
-            label = load_image(pair["moving_label"])
-            volume = torch.from_numpy(label.array.astype("int32"))[None, None].to(seen.device)
-            moved_label = warp_labels(volume, ddf, padding="zeros")
-            save_image(folder / "moved_label.nii.gz", moved_label[0, 0].cpu().numpy(), fixed.affine_3d)
         # JSON has no NaN: what could not be measured is null.
         metrics = {k: [None if v != v else v for v in values[item].tolist()] for k, values in output["metrics"].items()}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def _moved_labels(folder: Path, pair: Mapping[str, Any], ddf: Tensor, start: Tensor, fixed: Scan) -> dict[str, Tensor]:
+    """Write the label map of the moving scan on the fixed grid; return it before and after, for the picture."""
+    volume = torch.from_numpy(load_image(pair["moving_label"]).array.astype("int32"))[None, None].to(ddf.device)
+    before, after = (warp_labels(volume, field, padding="zeros")[0] for field in (start, ddf))
+    save_image(folder / "moved_label.nii.gz", after[0].cpu().numpy(), fixed.affine_3d)
+    return {"moving_label": before, "moved_label": after}
+
+
+def _windowed(image: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Scale to [0, 1] between percentiles of the reference, so that scans of different range can be compared by eye."""
+    values = (image if reference is None else reference).cpu().numpy()
+    low, high = np.percentile(values, (0.5, 99.5))
+    return ((image - float(low)) / max(float(high - low), 1e-12)).clamp(0, 1)
 
 
 def _name(pair: Mapping[str, Any], role: str) -> str:

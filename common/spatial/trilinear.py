@@ -15,7 +15,7 @@ eight corners. The image is first widened by a rim, two voxels wide: held to the
 has its corners in memory at fixed distances from the lowest one, and both paddings, with their gradients, follow from
 what is in the rim.
 
-A block is too small for PyTorch to share it between threads; threads take whole blocks instead.
+On one thread a block is small enough for the cache; on several it is as large as PyTorch needs to share every pass.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 __all__ = ["fits", "trilinear", "trilinear_backward"]
 
-_BLOCK = 2**15 - 1  # voxels; from 2**15 on PyTorch would wake its threads for every pass
+# Voxels a block. PyTorch shares a pass between threads from 2**15 on; Python threads that take whole small blocks were
+# measured too, and stood in each other's way.
+_BLOCK, _SHARED_BLOCK = 2**15 - 1, 2**17
 _BEFORE, _BEHIND = 2, 2  # width of the rim
 
 
@@ -48,11 +49,11 @@ def trilinear(image: Tensor, ddf: Tensor, border: bool) -> Tensor:
     for item in range(len(ddf)):
         table, result = _widen(image[item], border), moved[item].flatten(1)
 
-        def work(_: int, here: slice, base: Tensor, parts: list[Tensor], table: Tensor, result: Tensor) -> None:
+        def work(here: slice, base: Tensor, parts: list[Tensor], table: Tensor, result: Tensor) -> None:
             for values, target in zip(table, result, strict=True):
                 target[here] = _mean(_corner_reader(values[None], base), offsets, parts)
 
-        _share(work, ddf[item], size, table, result)
+        _in_blocks(work, ddf[item], size, table, result)
     return moved
 
 
@@ -65,7 +66,6 @@ def trilinear_backward(
     for_ddf = torch.empty_like(ddf, memory_format=torch.contiguous_format) if wanted[1] else None
 
     def work(
-        worker: int,
         here: slice,
         base: Tensor,
         parts: list[Tensor],
@@ -81,7 +81,7 @@ def trilinear_backward(
                 target[here] = slope
         if sums is not None:
             index = base.long()
-            for total, arrived in zip(sums[worker], given, strict=True):
+            for total, arrived in zip(sums, given, strict=True):
                 _spread(arrived[here], total, index, offsets, parts)
 
     for item in range(len(ddf)):
@@ -89,38 +89,27 @@ def trilinear_backward(
         if for_ddf is not None:
             table, result = _widen(image[item], border), for_ddf[item].flatten(1)
         if for_image is not None:
-            # A thread adds to a sum of its own.
-            sums = image.new_zeros(torch.get_num_threads(), image.shape[1], math.prod(_widened(size)))
-        _share(work, ddf[item], size, gradient[item].flatten(1), table, result, sums)
+            sums = image.new_zeros(image.shape[1], math.prod(_widened(size)))
+        _in_blocks(work, ddf[item], size, gradient[item].flatten(1), table, result, sums)
         if for_image is not None and sums is not None:
-            for_image[item] = _narrow(sums.sum(0) if len(sums) > 1 else sums[0], size, border)
+            for_image[item] = _narrow(sums, size, border)
     return for_image, for_ddf
 
 
-def _share(work: Callable[..., None], ddf: Tensor, size: Sequence[int], *tensors: Tensor | None) -> None:
-    """Call ``work(worker, voxels, base, parts, *tensors)`` for all blocks of ddf (3, *Sf), on every thread.
+def _in_blocks(work: Callable[..., None], ddf: Tensor, size: Sequence[int], *tensors: Tensor | None) -> None:
+    """Call ``work(voxels, base, parts, *tensors)`` for all blocks of ddf (3, *Sf).
 
     A block is a slice of the flat voxels; base and parts are what :func:`_locate` finds for it.
     """
     width = ddf.shape[-1]
     field = ddf.reshape(3, -1, width)
-    step = max(1, _BLOCK // width)
-    starts = range(0, field.shape[1], step)
-    workers = min(torch.get_num_threads(), len(starts))
-
-    def run(worker: int) -> None:
-        # Modes are a thread's own; in this one, tensors of any mode may be written to.
-        with torch.inference_mode():
-            for start in starts[worker::workers]:
-                rows = field[:, start : start + step]
-                here = slice(start * width, (start + rows.shape[1]) * width)
-                work(worker, here, *_locate(rows, start, ddf.shape[2], size), *tensors)
-
-    if workers == 1:
-        run(0)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(run, range(workers)))
+    step = max(1, (_BLOCK if torch.get_num_threads() == 1 else _SHARED_BLOCK) // width)
+    # In this mode tensors of any mode may be written to.
+    with torch.inference_mode():
+        for start in range(0, field.shape[1], step):
+            rows = field[:, start : start + step]
+            here = slice(start * width, (start + rows.shape[1]) * width)
+            work(here, *_locate(rows, start, ddf.shape[2], size), *tensors)
 
 
 def _locate(rows: Tensor, start: int, height: int, size: Sequence[int]) -> tuple[Tensor, list[Tensor]]:

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
@@ -92,3 +93,13 @@ def test_a_folder_that_cannot_be_made_is_named(pair: dict[str, Any], tmp_path: P
 def test_an_unknown_format_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'itkk', expected one of \['itk', 'l2r'\]"):
         RegistrationWriter(tmp_path, [], field_format="itkk")
+
+
+def test_the_picture_compares_scans_of_different_range(pair: dict[str, Any], tmp_path: Path) -> None:
+    register(tmp_path / "plain", pair)
+    fixed = load_image(pair["fixed"])
+    nib.save(nib.Nifti1Image(fixed.array.astype(np.float32) * 1000 + 500, fixed.affine_3d), pair["fixed"])
+    register(tmp_path / "bright", pair)
+    plain, bright = (matplotlib.image.imread(tmp_path / name / "registration.png") for name in ("plain", "bright"))
+    assert plain.shape == bright.shape
+    assert np.abs(plain - bright).mean() < 0.01
