@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=AREAS, default=AREAS, help="areas to measure")
     parser.add_argument("--size", type=int, default=96, help="edge of the volumes of spatial and losses")
     options = parser.parse_args()
+    # MONAI's own warnings, thousands of them over the repetitions.
+    warnings.filterwarnings("ignore", module="monai")
     results: dict[str, Any] = {"environment": environment()}
     for area in tqdm(options.only, desc="measuring"):
         module = importlib.import_module(f"benchmarks.{area}")

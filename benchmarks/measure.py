@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Builder", "compare", "format_table", "median_times", "peak_memory_mb", "threads"]
+__all__ = ["Builder", "compare", "format_table", "median_times", "peak_memory_mb", "peak_of_process_mb", "threads"]
 
 Builder = Callable[..., Callable[[], object]]
 
@@ -241,6 +241,15 @@ def _status_kib(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1])
     raise OSError(f"{_STATUS} has no {field}")
+
+
+def peak_of_process_mb() -> float:
+    """This process's highest resident memory so far, in mebibytes.
+
+    From the kernel's own high-water mark where there is one: the number that ``getrusage`` gives a fresh process on
+    Linux can be that of the process which started it.
+    """
+    return (_status_kib("VmHWM") if _STATUS.is_file() else _max_rss_kib()) / 1024.0
 
 
 def _max_rss_kib() -> int:

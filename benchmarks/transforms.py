@@ -17,7 +17,6 @@ the larger size. Run as ``python -m benchmarks.transforms``.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import format_table
+from benchmarks.measure import format_table, peak_of_process_mb
 
 __all__ = ["build_pair", "measure"]
 
@@ -76,8 +75,7 @@ def _cost(size: Sequence[int], repeats: int) -> tuple[float, float]:
     for _ in range(repeats):
         call()
     cpu_s = (time.process_time() - start) / repeats
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return cpu_s, peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return cpu_s, peak_of_process_mb()
 
 
 if __name__ == "__main__":
