@@ -25,9 +25,9 @@ from monai.data.utils import to_affine_nd
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, RandomizableTrait
 from monai.utils.misc import MAX_SEED
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common.data.epochs import EpochDataset
 from common.data.pairing import (
     AllOrdered,
     AtlasToSubject,
@@ -53,7 +53,7 @@ def load_subject(subject: Mapping[str, Any]) -> dict[str, Any]:
     return dict(loader(dict(subject)))
 
 
-class PairDataset(Dataset):
+class PairDataset(EpochDataset):
     """Pairs for training and evaluation, ready for MONAI's or torch's ``DataLoader``.
 
     A subject passes ``transform`` alone, before it is paired, with the keys ``image`` and, where there are any,
@@ -113,6 +113,7 @@ class PairDataset(Dataset):
         cache_workers: int = 2,
         progress: bool = True,
     ) -> None:
+        super().__init__()
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown strategy '{strategy}', expected one of {list(STRATEGIES)}")
         _check_kind(data, strategy)
@@ -129,8 +130,6 @@ class PairDataset(Dataset):
             self.subjects = _with_ids(data)
             self.pairing = self._pairing(strategy, atlas, atlas_is, group_key, length)
         self.optional = [k for k in ("label", "mask") if self.subjects and all(s.get(k) for s in self.subjects)]
-        # Shared memory, so that workers that already run see a new epoch; torch pickles it as a handle.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._cache = self._fill(len(self.subjects) if cache is True else int(cache), cache_workers, progress)
 
     def _pairing(
@@ -176,15 +175,6 @@ class PairDataset(Dataset):
                 loaded, total=len(positions), desc="caching", disable=not progress or len(positions) <= _PROGRESS_FROM
             )
             return dict(zip(positions, bar, strict=True))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, which chooses the random partners and the augmentation."""
-        self._epoch[0] = int(epoch)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the last :meth:`set_epoch`; 0 at first."""
-        return int(self._epoch[0])
 
     def __len__(self) -> int:
         return len(self.pairing)

@@ -15,15 +15,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
+from common.data.epochs import EpochDataset
 from common.transforms import RandImagePair
 
 __all__ = ["RandomPairDataset"]
 
 
-class RandomPairDataset(Dataset):
+class RandomPairDataset(EpochDataset):
     """Random pairs, each drawn from (seed, epoch, index) alone: the same on any number of processes and workers.
 
     Args:
@@ -37,23 +36,13 @@ class RandomPairDataset(Dataset):
     """
 
     def __init__(self, transform: RandImagePair, length: int, seed: int = 0, renew: bool = True) -> None:
+        super().__init__()
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
         self.transform = transform
         self.data = range(length)
         self.seed = seed
         self.renew = renew
-        # Shared memory, so that workers that already run (``persistent_workers``) see a new epoch.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins."""
-        self._epoch[0] = int(epoch)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the last :meth:`set_epoch`; 0 at first."""
-        return int(self._epoch[0])
 
     def __len__(self) -> int:
         return len(self.data)
