@@ -96,13 +96,11 @@ class RegistrationWriter:
         save_field(folder / "ddf.nii.gz", ddf, fixed.affine_3d, moving.affine_3d, fmt=self.field_format)
         # Before registration: where the network met the moving scan, which is the centres of both grids together.
         before = warp(image, start, padding="zeros")
-        old_image, target, new_image = (
-            _windowed(before, image)[0],
-            _windowed(_image(fixed, seen.device))[0],
-            _windowed(moved, image)[0],
-        )
+        old_image, new_image = _to_one_scale(image, before, moved)
+        target = _image(fixed, seen.device)
+        (target,) = _to_one_scale(target, target)
         labels: dict[str, Any] = _moved_labels(folder, pair, ddf, start, fixed) if pair.get("moving_label") else {}
-        figure = registration_figure(old_image, target, new_image, ddf[0], **labels, **_view(fixed))
+        figure = registration_figure(old_image[0], target[0], new_image[0], ddf[0], **labels, **_view(fixed))
         figure.savefig(folder / "registration.png", dpi=110)
         # JSON has no NaN: what could not be measured is null.
         metrics = {k: [None if v != v else v for v in values[item].tolist()] for k, values in output["metrics"].items()}
@@ -117,11 +115,10 @@ def _moved_labels(folder: Path, pair: Mapping[str, Any], ddf: Tensor, start: Ten
     return {"moving_label": before, "moved_label": after}
 
 
-def _windowed(image: Tensor, reference: Tensor | None = None) -> Tensor:
-    """Scale to [0, 1] between percentiles of the reference, so that scans of different range can be compared by eye."""
-    values = (image if reference is None else reference).cpu().numpy()
-    low, high = np.percentile(values, (0.5, 99.5))
-    return ((image - float(low)) / max(float(high - low), 1e-12)).clamp(0, 1)
+def _to_one_scale(reference: Tensor, *images: Tensor) -> list[Tensor]:
+    """Bring percentiles of the reference to 0 and 1, so that scans of different range can be compared by eye."""
+    low, high = (float(value) for value in np.percentile(reference.cpu().numpy(), (0.5, 99.5)))
+    return [((image - low) / max(high - low, 1e-12)).clamp(0, 1) for image in images]
 
 
 def _name(pair: Mapping[str, Any], role: str) -> str:
