@@ -28,8 +28,10 @@ from common.networks.base import (
 from common.networks.blocks import ConvUnit, FlowHead, InstanceNorm, UpStage, upsample_to
 from common.networks.convolution import convolution, convolve
 from common.networks.correlation import both_ways, local_correlation
+from common.networks.dual_stream import DualStreamEncoder
 from common.networks.factory import ENCODER_PRESETS, build_encoder
 from common.networks.normalization import normalize_and_activate
+from common.networks.residual import ResidualBlock
 from common.networks.swin import SwinEncoder
 from common.networks.transmorph_tvf import PyramidDecoder, TimeSteps, TransMorphTVF, TVFOutput
 from common.networks.vfa import VFAEncoder
@@ -38,6 +40,7 @@ from common.networks.weights import LoadReport, interpolate_bias_tables, load_en
 
 __all__ = [
     "ConvUnit",
+    "DualStreamEncoder",
     "ENCODER_PRESETS",
     "Encoder",
     "FlowHead",
@@ -45,6 +48,7 @@ __all__ = [
     "LoadReport",
     "PyramidDecoder",
     "RegistrationNetwork",
+    "ResidualBlock",
     "SwinEncoder",
     "TVFOutput",
     "TimeSteps",

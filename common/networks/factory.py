@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.networks.base import Encoder
+from common.networks.dual_stream import DualStreamEncoder
 from common.networks.swin import SwinEncoder
 from common.networks.vfa import VFAEncoder
 from common.networks.voxelmorph import VoxelMorphEncoder
@@ -23,6 +24,7 @@ __all__ = ["ENCODER_PRESETS", "build_encoder"]
 
 # "base" is what was published; "small" trains on a few CPU cores.
 ENCODER_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "dual_stream": {"base": {}, "small": {"channels": (8, 16, 16, 32, 32)}},
     "swin": {
         "base": {},
         "small": {
@@ -37,14 +39,19 @@ ENCODER_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "vfa": {"base": {}, "small": {"start_channels": 4, "max_channels": 32}},
     "voxelmorph": {"base": {}, "small": {"channels": (16, 32, 32)}},
 }
-_CLASSES: dict[str, type[Encoder]] = {"swin": SwinEncoder, "vfa": VFAEncoder, "voxelmorph": VoxelMorphEncoder}
+_CLASSES: dict[str, type[Encoder]] = {
+    "dual_stream": DualStreamEncoder,
+    "swin": SwinEncoder,
+    "vfa": VFAEncoder,
+    "voxelmorph": VoxelMorphEncoder,
+}
 
 
 def build_encoder(name: str, spatial_dims: int = 3, *, preset: str = "base", **options: Any) -> Encoder:
     """An encoder by name.
 
     Args:
-        name: "swin", "vfa" or "voxelmorph".
+        name: "dual_stream", "swin", "vfa" or "voxelmorph".
         spatial_dims: 2 or 3.
         preset: "base", as published, or "small", for CPUs.
         options: constructor arguments, which replace those of the preset.

@@ -8,45 +8,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The residual block that encoder and decoders are made of, and the head that predicts a level's motion from it."""
+"""The head that predicts a level's motion."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from common.networks import FlowHead, InstanceNorm, convolution, normalize_and_activate
+from common.networks import FlowHead, ResidualBlock
 
-__all__ = ["PredictionHead", "ResidualBlock", "initialize"]
-
-_SLOPE = 0.2
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions and a projected skip, each instance-normalised, summed before the last activation.
-
-    Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels in.
-        out_channels: channels out.
-        stride: of the first convolution and of the skip.
-    """
-
-    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = convolution(spatial_dims, in_channels, out_channels, stride=stride)
-        self.norm1 = InstanceNorm(out_channels, affine=True)
-        self.conv2 = convolution(spatial_dims, out_channels, out_channels)
-        self.norm2 = InstanceNorm(out_channels, affine=True)
-        self.skip = convolution(spatial_dims, in_channels, out_channels, 1, stride=stride)
-        self.skip_norm = InstanceNorm(out_channels, affine=True)
-        initialize(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, *S) to (B, out_channels, *S / stride)."""
-        y = normalize_and_activate((self.conv1(x), self.norm1), slope=_SLOPE, overwrite=True)
-        y = self.conv2(y)
-        branches = (y, self.norm2), (self.skip(x), self.skip_norm)
-        return normalize_and_activate(*branches, slope=_SLOPE, overwrite=True)
+__all__ = ["PredictionHead"]
 
 
 class PredictionHead(nn.Module):
@@ -67,12 +37,3 @@ class PredictionHead(nn.Module):
         """(B, in_channels, *S) to (B, spatial_dims, *S), float32, in voxels of the level."""
         motion: Tensor = self.flow(self.block(x))
         return motion
-
-
-def initialize(module: nn.Module) -> None:
-    """Kaiming weights for leaky ReLUs in every convolution of a module, and no bias."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
-            nn.init.kaiming_normal_(layer.weight, a=_SLOPE)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

@@ -231,16 +231,19 @@ class InverseConsistentDecoder(nn.Module):
             stride, shape = self.strides[level], a.shape[2:]
             a = warp(a, at_feature_centres(halves.left, stride, shape) / stride)
             b = warp(b, at_feature_centres(halves.right, stride, shape) / stride)
+        return self.bounds[level] * torch.tanh(self._motion(level, a, b))
+
+    def _motion(self, level: int, a: Tensor, b: Tensor) -> Tensor:
+        """What the head of a level says of the maps a and b, seen from either side, (2B, d, *s)."""
         if self.inputs == "c":
             a = local_correlation(a, b)
             b = both_ways(a)
         head, total, difference = self.heads[level], a + b, a - b
         del a, b
         if self.checkpoint_heads and torch.is_grad_enabled():
-            motion = checkpoint(head.both, total, difference, use_reentrant=False)
-        else:
-            motion = head.both(total, difference)
-        return self.bounds[level] * torch.tanh(motion)
+            motion: Tensor = checkpoint(head.both, total, difference, use_reentrant=False)
+            return motion
+        return head.both(total, difference)
 
     def _check(self, moving: Sequence[Tensor], fixed: Sequence[Tensor], size: Sequence[int]) -> None:
         for name, features in (("moving", moving), ("fixed", fixed)):

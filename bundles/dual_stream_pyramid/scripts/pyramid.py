@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.networks import Encoder, RegistrationNetwork, crop_to, split_pair
+from common.networks import DualStreamEncoder, Encoder, RegistrationNetwork, crop_to, split_pair
 
 from .composition import AttentionStep, CompositionDecoder, ConvolutionStep
-from .encoder import DualStreamEncoder
 from .inverse_consistent import InverseConsistentDecoder
 
 __all__ = ["DECODERS", "DualStreamPyramid"]

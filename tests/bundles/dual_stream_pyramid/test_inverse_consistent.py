@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bundles.dual_stream_pyramid.scripts.encoder import DualStreamEncoder
 from bundles.dual_stream_pyramid.scripts.inverse_consistent import InverseConsistentDecoder, at_feature_centres
+from common.networks import DualStreamEncoder
 from common.spatial import compose, digital_jacobian_determinants, warp
 
 SMALL: dict[str, Any] = {"feature_channels": (4, 6, 8), "head_channels": (6, 8, 10)}

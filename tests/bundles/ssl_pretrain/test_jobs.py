@@ -248,7 +248,7 @@ def test_two_processes_train_one_network_with_plain_keys(repository: Path, pretr
         assert len(list(csv.DictReader(file))) == 3  # every pair once, whichever process measured it
 
 
-@pytest.mark.parametrize("encoder", ["voxelmorph", "vfa"])
+@pytest.mark.parametrize("encoder", ["dual_stream", "voxelmorph", "vfa"])
 def test_other_encoders_pretrain_and_fine_tune_in_two_dimensions(
     repository: Path, encoder: str, cache: Path, tmp_path: Path
 ) -> None:

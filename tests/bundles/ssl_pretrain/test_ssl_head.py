@@ -25,6 +25,7 @@ from common.spatial import warp
 _TINY: dict[str, dict[str, Any]] = {
     "swin": {"embed_dim": 8, "depths": (1, 2), "num_heads": (2, 2), "window_size": 2, "drop_path": 0.0},
     "vfa": {"start_channels": 2, "max_channels": 8, "downsamples": 3},
+    "dual_stream": {"channels": (4, 4, 8, 8)},
     "voxelmorph": {"channels": (8, 8, 8)},
 }
 

@@ -44,7 +44,9 @@ def test_options_replace_the_preset() -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ValueError, match=r"no encoder 'unet': there are \['swin', 'vfa', 'voxelmorph'\]"):
+    with pytest.raises(
+        ValueError, match=r"no encoder 'unet': there are \['dual_stream', 'swin', 'vfa', 'voxelmorph'\]"
+    ):
         build_encoder("unet")
     with pytest.raises(ValueError, match="no preset 'huge'"):
         build_encoder("swin", preset="huge")

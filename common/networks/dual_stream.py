@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The encoder that all decoders of the family share."""
+"""The encoder of the dual-stream pyramid, one image at a time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from common.networks import Encoder, convolution
-
-from .heads import ResidualBlock, initialize
+from common.networks.base import Encoder
+from common.networks.convolution import convolution
+from common.networks.residual import ResidualBlock, initialize
 
 __all__ = ["DualStreamEncoder"]
 
