@@ -15,6 +15,7 @@ from __future__ import annotations
 from common.engines.evaluator import RegistrationEvaluator
 from common.engines.measures import standard_measures
 from common.engines.network import FieldsModule, autocast, distribute, seed_everything
+from common.engines.pretrained import load_pretrained_encoder
 from common.engines.trainer import NonFiniteLossError, RegistrationTrainer, prepare_pair
 from common.engines.values import PairValues, stack_pair
 
@@ -26,6 +27,7 @@ __all__ = [
     "RegistrationTrainer",
     "autocast",
     "distribute",
+    "load_pretrained_encoder",
     "prepare_pair",
     "seed_everything",
     "stack_pair",

@@ -49,8 +49,9 @@ class PairValues(Mapping[str, Any]):
 
     A name is looked for among the fields the network predicted, then in the batch, then among the values that can be
     computed: ``moved`` and ``moved_mask`` (linear), ``moved_label`` (linear one-hot, argmax), and the differentiable
-    ``moving_onehot``, ``fixed_onehot`` and ``moved_onehot`` (one channel per entry of ``labels``), and
-    ``fixed_spacing`` (B, d), the voxel size in mm from ``fixed_affine``.
+    ``moving_onehot``, ``fixed_onehot`` and ``moved_onehot`` (one channel per entry of ``labels``),
+    ``inverse_moved`` and ``inverse_moved_onehot`` (the fixed image and its labels, brought to the moving grid by the
+    network's ``inverse_ddf``), and ``fixed_spacing`` (B, d), the voxel size in mm from ``fixed_affine``.
 
     Args:
         batch: what the loader gave, on the device.
@@ -68,6 +69,8 @@ class PairValues(Mapping[str, Any]):
             "moving_onehot": ("moving_label", lambda: self._one_hot(self["moving_label"])),
             "fixed_onehot": ("fixed_label", lambda: self._one_hot(self["fixed_label"])),
             "moved_onehot": ("moving_label", lambda: warp(self["moving_onehot"], self["ddf"])),
+            "inverse_moved": ("inverse_ddf", lambda: warp(self["fixed"], self["inverse_ddf"])),
+            "inverse_moved_onehot": ("inverse_ddf", lambda: warp(self["fixed_onehot"], self["inverse_ddf"])),
             "fixed_spacing": ("fixed_affine", lambda: self["fixed_affine"][:, :-1, :-1].norm(dim=1)),
         }
 
@@ -97,4 +100,11 @@ class PairValues(Mapping[str, Any]):
 
     def known(self) -> dict[str, Any]:
         """What has been loaded, predicted or computed so far, with tensors detached from the graph."""
-        return {k: v.detach() if isinstance(v, Tensor) else v for k, v in self._known.items()}
+        return {name: _detached(value) for name, value in self._known.items()}
+
+
+def _detached(value: Any) -> Any:
+    """A value without the graph it came from, also in a list of fields."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return [_detached(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from common.losses.deep_supervision import DeepSupervision
 from common.losses.folding import NonDiffeomorphicVolume
 from common.losses.intensity import MSE, GlobalNCC, MutualInformation
 from common.losses.kl import GaussianKL
@@ -24,6 +25,7 @@ __all__ = [
     "LNCC",
     "MSE",
     "BendingEnergy",
+    "DeepSupervision",
     "Diffusion",
     "GaussianKL",
     "GlobalNCC",

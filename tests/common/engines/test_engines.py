@@ -169,6 +169,18 @@ def test_values_are_computed_once_and_only_when_asked_for() -> None:
         values["moved_mask"]
 
 
+def test_the_inverse_field_brings_the_fixed_image_and_its_labels_back() -> None:
+    batch = {k: v[None] if isinstance(v, Tensor) else v for k, v in Blobs(2)[0].items()}
+    there = torch.zeros(1, 2, 13, 13)
+    there[:, 0] = 2.0  # what Blobs are apart
+    values = PairValues(batch, {"ddf": there, "inverse_ddf": -there, "pyramid": [there.requires_grad_()]}, labels=[1])
+    inside = slice(2, None)  # what came from beyond the border repeats it
+    assert torch.allclose(values["inverse_moved"][:, :, inside], batch["moving"][:, :, inside], atol=1e-5)
+    assert torch.allclose(values["inverse_moved_onehot"], values["moving_onehot"], atol=1e-5)
+    assert not values.known()["pyramid"][0].requires_grad
+    assert "inverse_moved" not in PairValues(batch, {"ddf": there})
+
+
 def test_soft_dice_on_labels_trains_too() -> None:
     loss = WeightedLosses({"dice": {"term": SoftDice(), "inputs": ["moved_onehot", "fixed_onehot"], "weight": 1.0}})
     network = OneShift(2)
