@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,11 @@ def ixi() -> dict[str, Any]:
     }
 
 
+def one_folder_a_subject(name: str) -> dict[str, Any]:
+    """Data behind an application or a registration: which subjects there are is known to those who have the files."""
+    return facts(name)
+
+
 SPLITS = {
     "hippocampus": hippocampus,
     "oasis2d": oasis2d,
@@ -332,6 +338,7 @@ SPLITS = {
     "lumir": lumir,
     "abdomen_ct": abdomen_ct,
     "ixi": ixi,
+    **{name: partial(one_folder_a_subject, name) for name in ("acdc", "camcan", "mnms", "ukbb")},
 }
 
 

@@ -13,13 +13,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import data_splits_root
 from common.data.datalist import (
     Entry,
     clean_path,
@@ -31,7 +30,9 @@ from common.data.datalist import (
     unique_ids,
 )
 from common.data.layouts import list_folders, use_layout
-from common.data.subsets import hold_out_pairs, nested_subset
+from common.data.places import EMBEDDED, default_folder, json_path, require_files
+from common.data.subject_folders import list_subject_folders
+from common.data.subsets import hold_out_pairs, nested_subset, set_pairs_aside
 
 __all__ = ["Cohort", "cohort_from_json", "load_cohort"]
 
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 _VALIDATION = ("validation", "val", "registration_val", "validation_paired_images")
 _TEST = ("test", "registration_test", "test_paired_images")
-_SHOWN = 5
 
 
 @dataclass
@@ -88,6 +88,11 @@ class Cohort:
         return next((dims for dims in (2, 3) if f"{dims}D" in stated.upper()), None)
 
     @property
+    def stacks(self) -> bool:
+        """Whether an image is a stack of slices (X, Y, Z) that are registered one by one, as in short-axis cine."""
+        return bool(self.meta.get("stacks", False))
+
+    @property
     def foreground_labels(self) -> list[int]:
         """The label values without 0, the background."""
         return [value for value in self.labels if value != 0]
@@ -123,23 +128,24 @@ def load_cohort(
     """Load a cohort by name or from a dataset JSON.
 
     Args:
-        name_or_json: ``"synthetic"``, a name that has a JSON in ``data_splits/`` (``"hippocampus"``, ``"oasis2d"``,
-            ``"oasis"``, ``"lumir"``, ``"abdomen_ct"``, ``"ixi"``), or the path of a dataset JSON.
+        name_or_json: ``"synthetic"``, ``"cine"``, a name that has a JSON in ``data_splits/`` (``"hippocampus"``,
+            ``"oasis2d"``, ``"oasis"``, ``"lumir"``, ``"abdomen_ct"``, ``"ixi"``, ``"acdc"``, ``"mnms"``, ``"ukbb"``,
+            ``"camcan"``), or the path of a dataset JSON.
         dataset_dir: folder of the data. Default for a JSON's path: the JSON's own folder, as Learn2Reg has it; for
-            ``"synthetic"`` and downloads: ``~/.cache/warpzoo`` (``XDG_CACHE_HOME`` is respected).
+            the embedded cohorts and downloads: ``~/.cache/warpzoo`` (``XDG_CACHE_HOME`` is respected).
         datalist: a dataset JSON that takes the place of the name's own.
         train_fraction: part of the training subjects, in (0, 1]; see :func:`common.data.subsets.nested_subset`.
-        train_count: number of training subjects.
+        train_count: number of training subjects, or of training pairs where the JSON lists nothing but pairs.
         seed: of the training subset. It does not change the synthetic cohort: runs with different seeds should differ
             in what they draw, not in the data that they are measured on.
         test_list: which of the JSON's lists is ``test``, such as ``"test_020"``. Default: ``"test"``.
         download: fetch the data when they are missing (``"hippocampus"`` only).
         must_exist: check at once that every file is there.
-        spatial_dims: 2 or 3: which of the synthetic cohorts; other cohorts have to be of this dimension. Default: 3 for
-            the synthetic one, any for others.
+        spatial_dims: 2 or 3: which of the synthetic cohorts; other cohorts have to be of this dimension, stacks of
+            slices of dimension 2. Default: 3 for ``"synthetic"``, any for others.
         hold_out: part of the training subjects that become validation pairs where the JSON lists none, always the same.
-        synthetic: ``anatomy_seed``, ``spatial_size`` and ``magnitude`` of the synthetic cohort, see
-            :func:`common.data.synthetic.synthetic_cohort`.
+        synthetic: ``anatomy_seed``, ``spatial_size`` and ``magnitude`` of an embedded cohort, see
+            :func:`common.data.synthetic.synthetic_cohort` and :func:`common.data.cine.cine_cohort`.
 
     Returns:
         the cohort.
@@ -149,16 +155,15 @@ def load_cohort(
         ValueError: for an unknown name, an unusable JSON, another dimension or an impossible subset.
         TypeError: for options that only the synthetic cohort has.
     """
-    if str(name_or_json) == "synthetic" and datalist is None:
-        from common.data.synthetic import synthetic_cohort
-
-        cohort = synthetic_cohort(dataset_dir, spatial_dims=3 if spatial_dims is None else spatial_dims, **synthetic)
+    if str(name_or_json) in EMBEDDED and datalist is None:
+        dims = {} if spatial_dims is None else {"spatial_dims": spatial_dims}
+        cohort = _embedded(str(name_or_json))(dataset_dir, **dims, **synthetic)
     elif synthetic:
         raise TypeError(f"options {sorted(synthetic)} are for the 'synthetic' cohort, not for '{name_or_json}'")
     else:
-        path = Path(datalist) if datalist is not None else _json_path(name_or_json)
+        path = Path(datalist) if datalist is not None else json_path(name_or_json)
         if dataset_dir is None:
-            dataset_dir = _default_folder(str(name_or_json), path, download)
+            dataset_dir = default_folder(str(name_or_json), path, download)
         if download:
             from common.data.download import download_dataset
 
@@ -167,15 +172,35 @@ def load_cohort(
         if spatial_dims is not None and cohort.spatial_dims not in (None, spatial_dims):
             raise ValueError(f"cohort '{cohort.name}' is {cohort.spatial_dims}-D, spatial_dims is {spatial_dims}")
     if hold_out is not None and not cohort.validation:
-        cohort.training, cohort.validation = hold_out_pairs(cohort.training, hold_out, seed=0)  # type: ignore[assignment]
-        names = [pair["moving_id"] for pair in cohort.validation]
-        logger.warning("cohort '%s' lists no validation pairs: %s are set aside for them", cohort.name, names)
-    cohort.training = nested_subset(
-        cohort.training, fraction=train_fraction, count=train_count, seed=seed, at_least=1 if cohort.atlas else 2
+        _set_aside(cohort, hold_out)
+    # A cohort of pairs alone, such as the two phases of a heart, is made smaller by leaving out pairs.
+    name = "training" if cohort.training or not cohort.training_pairs else "training_pairs"
+    at_least = 2 if name == "training" and not cohort.atlas else 1
+    subset = nested_subset(
+        getattr(cohort, name), fraction=train_fraction, count=train_count, seed=seed, at_least=at_least
     )
+    setattr(cohort, name, subset)
     if must_exist:
-        _require_files(cohort)
+        require_files(cohort.name, cohort.files(), cohort.dataset_dir, cohort.meta)
     return cohort
+
+
+def _embedded(name: str) -> Callable[..., Cohort]:
+    """The maker of a cohort that needs no files; imported late, since it imports this module."""
+    from common.data.cine import cine_cohort
+    from common.data.synthetic import synthetic_cohort
+
+    return {"synthetic": synthetic_cohort, "cine": cine_cohort}[name]
+
+
+def _set_aside(cohort: Cohort, fraction: float) -> None:
+    """Make validation pairs of a part of the training data, always the same."""
+    if cohort.training or not cohort.training_pairs:
+        cohort.training, cohort.validation = hold_out_pairs(cohort.training, fraction, seed=0)  # type: ignore[assignment]
+    else:
+        cohort.training_pairs, cohort.validation = set_pairs_aside(cohort.training_pairs, fraction, seed=0)
+    names = [pair["moving_id"] for pair in cohort.validation]
+    logger.warning("cohort '%s' lists no validation pairs: %s are set aside for them", cohort.name, names)
 
 
 def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: str | None = None) -> Cohort:
@@ -195,7 +220,7 @@ def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: st
         FileNotFoundError, ValueError: when the JSON is missing or unusable, or a folder has not the files it should.
     """
     content = read_json(path)
-    if "training" not in content and "training_paired_images" not in content:
+    if not {"training", "training_paired_images", "subject_folders"} & set(content):
         raise ValueError(f"{path}: expected a 'training' list, found the keys {list(content)}")
     if test_list is not None and test_list not in content:
         raise ValueError(
@@ -205,7 +230,7 @@ def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: st
     if content.get("folder") and (root / content["folder"]).is_dir():
         # What an archive unpacks to; both it and the folder around it are a fair answer to "where are the data?".
         root = root / content["folder"]
-    content = use_layout(list_folders(content, root), root)
+    content = use_layout(list_folders(list_subject_folders(content, root), root), root)
     training = content.get("training", [])
     raw_subjects = [entry for entry in training if not is_pair(entry)]
     raw_pairs = [entry for entry in training if is_pair(entry)] + content.get("training_paired_images", [])
@@ -313,39 +338,3 @@ def _per_image(value: Any, kind: type) -> Any:
     if isinstance(value, Mapping):
         value = next(iter(value.values()), None)
     return tuple(kind(number) for number in value) if value else None
-
-
-def _json_path(name_or_json: str | Path) -> Path:
-    known = sorted(path.stem for path in data_splits_root().glob("*.json"))
-    if str(name_or_json) in known:
-        return data_splits_root() / f"{name_or_json}.json"
-    if str(name_or_json).endswith(".json"):
-        return Path(name_or_json)
-    raise ValueError(
-        f"unknown cohort '{name_or_json}': expected 'synthetic', one of {known} or a path that ends in .json"
-    )
-
-
-def _default_folder(name: str, path: Path, download: bool) -> Path:
-    if path.parent != data_splits_root():
-        return path.parent
-    if download:
-        from common.data.download import cache_folder
-
-        return cache_folder()
-    content = read_json(path)
-    raise ValueError(f"cohort '{name}' needs dataset_dir, the folder of its data. {_where_to_get(content)}")
-
-
-def _where_to_get(content: Mapping[str, Any]) -> str:
-    return f"Get the data: {content.get('source', 'see its JSON')} (licence: {content.get('licence', 'unknown')})"
-
-
-def _require_files(cohort: Cohort) -> None:
-    files = cohort.files()
-    missing = [path for path in files if not Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"cohort '{cohort.name}': {len(missing)} of {len(files)} files are missing under {cohort.dataset_dir}, "
-            f"such as {[str(Path(p)) for p in missing[:_SHOWN]]}. {_where_to_get(cohort.meta)}"
-        )

@@ -22,7 +22,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["AllOrdered", "AtlasToSubject", "IntraSubject", "Listed", "Pairing", "RandomPartner", "generator_for"]
+__all__ = [
+    "AllOrdered",
+    "AtlasToSubject",
+    "BothDirections",
+    "IntraSubject",
+    "Listed",
+    "Pairing",
+    "RandomPartner",
+    "generator_for",
+]
 
 
 def generator_for(*entropy: int) -> np.random.Generator:
@@ -127,21 +136,27 @@ class AtlasToSubject:
 
 
 class Listed:
-    """Pairs exactly as a list gives them.
+    """Pairs as a list gives them.
 
     Args:
         pairs: positions of (moving, fixed) subjects.
+        seed: of the order in which pairs take turns, where ``length`` is given.
+        length: pairs an epoch. The turn goes on where the epoch before ended, and each round through the list has an
+            order of its own. Default: the list, in its order, every epoch.
     """
 
-    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
-        self.pairs = list(pairs)
+    def __init__(self, pairs: Sequence[tuple[int, int]], seed: int = 0, length: int | None = None) -> None:
+        self.pairs, self.seed, self.length = list(pairs), seed, length
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.pairs) if self.length is None or not self.pairs else self.length
 
     def pair(self, index: int, epoch: int) -> tuple[int, int]:
-        """Pair ``index``, the same in every epoch."""
-        return self.pairs[index]
+        """Pair ``index``, the same in every epoch unless there is a ``length``."""
+        if self.length is None:
+            return self.pairs[index]
+        turn, place = divmod(epoch * self.length + index, len(self.pairs))
+        return self.pairs[int(generator_for(self.seed, turn, len(self.pairs)).permutation(len(self.pairs))[place])]
 
 
 class IntraSubject:
@@ -186,3 +201,31 @@ class IntraSubject:
         fixed, members = self.scans[(epoch * self.length + index) % len(self.scans)]
         others = [member for member in members if member != fixed]
         return others[int(generator_for(self.seed, epoch, index).integers(len(others)))], fixed
+
+
+class BothDirections:
+    """Every pair of another pairing twice in a row: as it is, then with moving and fixed exchanged.
+
+    Args:
+        pairing: where the pairs come from; an epoch of its own is one round of all it has.
+        length: directed pairs an epoch. The turn goes on where the epoch before ended, so that after an odd number the
+            next epoch begins with the direction that is still due. Default: two for each pair of ``pairing``.
+
+    Raises:
+        ValueError: for a length below 1.
+    """
+
+    def __init__(self, pairing: Pairing, length: int | None = None) -> None:
+        if length is not None and length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        self.pairing, self.length = pairing, 2 * len(pairing) if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def pair(self, index: int, epoch: int) -> tuple[int, int]:
+        """Pair ``index // 2`` of the turn, exchanged for odd numbers."""
+        number, exchanged = divmod(epoch * self.length + index, 2)
+        turn, place = divmod(number, len(self.pairing))
+        moving, fixed = self.pairing.pair(place, turn)
+        return (fixed, moving) if exchanged else (moving, fixed)

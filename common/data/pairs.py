@@ -31,6 +31,7 @@ from common.data.epochs import EpochDataset
 from common.data.pairing import (
     AllOrdered,
     AtlasToSubject,
+    BothDirections,
     IntraSubject,
     Listed,
     Pairing,
@@ -43,6 +44,7 @@ __all__ = ["PairDataset", "STRATEGIES"]
 logger = logging.getLogger(__name__)
 
 STRATEGIES = ("random_partner", "all_ordered", "atlas", "listed", "intra")
+_DRAWN = ("random_partner", "intra")
 _PROGRESS_FROM = 50
 
 
@@ -81,13 +83,18 @@ class PairDataset(EpochDataset):
         atlas: for ``"atlas"``: the id of a subject in ``data``, a file, or a subject dict.
         atlas_is: the side of the atlas, ``"moving"`` or ``"fixed"``.
         group_key: for ``"intra"``: the key that says which scans are of one subject.
-        length: pairs an epoch for ``"random_partner"`` and ``"intra"``. Default: one for each subject.
+        length: pairs an epoch for ``"random_partner"``, ``"listed"`` and ``"intra"``. Default: one for each subject, or
+            the list as it is.
+        both_directions: for ``"random_partner"`` and ``"intra"``: items 2k and 2k + 1 are one drawn pair, registered
+            either way: two optimiser steps in a row, or side by side in a batch of two. ``length`` counts both.
+            Without a shuffling sampler they stay together. A ``DistributedSampler`` deals items out in turn: with an
+            even number of ranks the two directions are in the same step, on neighbouring ranks.
         cache_workers: threads that fill the cache.
         progress: show a bar while the cache of more than 50 subjects is filled.
 
     Raises:
         ValueError: for an unknown strategy, too few subjects, repeated ids, an unknown atlas, data of the wrong kind,
-            or a random transform in ``transform`` together with a cache.
+            a random transform in ``transform`` together with a cache, or ``both_directions`` of pairs not drawn.
 
     Example:
         >>> from common.data import PairDataset, load_cohort
@@ -110,12 +117,18 @@ class PairDataset(EpochDataset):
         atlas_is: str = "moving",
         group_key: str = "subject",
         length: int | None = None,
+        both_directions: bool = False,
         cache_workers: int = 2,
         progress: bool = True,
     ) -> None:
         super().__init__()
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown strategy '{strategy}', expected one of {list(STRATEGIES)}")
+        if both_directions and strategy not in _DRAWN:
+            raise ValueError(
+                f"both_directions is for pairs that are drawn, by one of {list(_DRAWN)}; strategy '{strategy}' decides "
+                "itself which directions there are"
+            )
         _check_kind(data, strategy)
         if cache is not False and transform is not None:
             _refuse_random(transform)
@@ -125,10 +138,13 @@ class PairDataset(EpochDataset):
         self.pairing: Pairing
         if strategy == "listed":
             self.subjects, listed = _split_pairs(data)
-            self.pairing = Listed(listed)
+            self.pairing = Listed(listed, self.seed, length)
         else:
             self.subjects = _with_ids(data)
-            self.pairing = self._pairing(strategy, atlas, atlas_is, group_key, length)
+            own_length = None if both_directions else length
+            self.pairing = self._pairing(strategy, atlas, atlas_is, group_key, own_length)
+            if both_directions:
+                self.pairing = BothDirections(self.pairing, length)
         self.optional = [k for k in ("label", "mask") if self.subjects and all(s.get(k) for s in self.subjects)]
         self._cache = self._fill(len(self.subjects) if cache is True else int(cache), cache_workers, progress)
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["hold_out_pairs", "nested_subset"]
+__all__ = ["hold_out_pairs", "nested_subset", "set_pairs_aside"]
 
 T = TypeVar("T")
 
@@ -100,3 +100,27 @@ def hold_out_pairs(
             pair |= {f"{role}_{key}": subject[key] for key in ("label", "mask") if subject.get(key)}
         pairs.append(pair)
     return left, pairs
+
+
+def set_pairs_aside(pairs: Sequence[T], fraction: float = 0.1, seed: int = 0) -> tuple[list[T], list[T]]:
+    """Set listed training pairs, such as the two phases of a heart, aside for validation.
+
+    Args:
+        pairs: of different subjects.
+        fraction: of the pairs; at least one is set aside.
+        seed: of the choice.
+
+    Returns:
+        the pairs that are left for training and those set aside, both in their order.
+
+    Raises:
+        ValueError: when none would be left, or the fraction is not in (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"hold_out must be in (0, 1), found {fraction}")
+    count = max(1, math.floor(len(pairs) * fraction + 0.5))
+    if len(pairs) - count < 1:
+        raise ValueError(f"{len(pairs)} training pair(s) are too few to set {count} aside: list validation pairs")
+    chosen = set(np.random.RandomState(seed).permutation(len(pairs))[:count].tolist())
+    left = [pair for position, pair in enumerate(pairs) if position not in chosen]
+    return left, [pairs[position] for position in sorted(chosen)]

@@ -18,13 +18,8 @@ difference in shape, and the labels are exact.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -35,6 +30,7 @@ from torch.nn import functional
 
 from common.data.cohort import Cohort, cohort_from_json
 from common.data.download import cache_folder
+from common.data.embedded import one_thread, save_bytes, written_whole
 from common.data.pairing import generator_for
 from common.spatial import integrate
 
@@ -196,48 +192,13 @@ def _scan(intensity: Tensor, x: Tensor, draw: np.random.Generator) -> Tensor:
 
 
 def _write(folder: Path, size: tuple[int, ...], seed: int, magnitude: float) -> None:
-    """Write all subjects beside the folder and rename: no reader ever sees half a cohort."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     logger.info("writing the synthetic cohort to %s", folder)
-    half_made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        for name in ("imagesTr", "labelsTr"):
-            (half_made / name).mkdir()
-        affine = np.diag([1.0, 1.0, 1.0, 1.0])
-        with _one_thread():
-            for subject in range(_COUNT):
-                image, label = make_subject(size, seed=seed, subject=subject, magnitude=magnitude)
-                _save_image(half_made / _image(subject), image.numpy(), affine)
-                nib.save(nib.Nifti1Image(label.numpy(), affine), half_made / _label(subject))
-        (half_made / "dataset.json").write_text(json.dumps(_description(size), indent=1), encoding="utf-8")
-        half_made.chmod(0o755)
-        try:
-            os.rename(half_made, folder)
-        except OSError:
-            # Another process was faster; its files are the same, for they depend on the arguments only.
-            if not (folder / "dataset.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(half_made, ignore_errors=True)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Volumes this small gain nothing from threads, and on a busy machine lose a lot to them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _save_image(path: Path, image: np.ndarray, affine: np.ndarray) -> None:
-    """As bytes with a slope: an eighth of the size, and every test that reads it checks that slopes are respected."""
-    scan = nib.Nifti1Image(np.round(image * 255).astype(np.uint8), affine)
-    # Rounded down, for as float32 1/255 is a little more and 255 times that exceeds 1.
-    scan.header.set_slope_inter(np.nextafter(np.float32(1 / 255), np.float32(0)), 0)
-    nib.save(scan, path)
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    with written_whole(folder, _description(size)) as half_made, one_thread():
+        for subject in range(_COUNT):
+            image, label = make_subject(size, seed=seed, subject=subject, magnitude=magnitude)
+            save_bytes(half_made / _image(subject), image.numpy(), affine)
+            nib.save(nib.Nifti1Image(label.numpy(), affine), half_made / _label(subject))
 
 
 def _image(subject: int) -> str:

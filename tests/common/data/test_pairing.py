@@ -14,7 +14,7 @@ from collections import Counter
 
 import pytest
 
-from common.data.pairing import AllOrdered, AtlasToSubject, IntraSubject, Listed, RandomPartner
+from common.data.pairing import AllOrdered, AtlasToSubject, BothDirections, IntraSubject, Listed, RandomPartner
 
 
 def drawn(pairing: RandomPartner | IntraSubject, epoch: int) -> list[tuple[int, int]]:
@@ -103,3 +103,37 @@ def test_an_atlas_alone_makes_no_pair() -> None:
         AtlasToSubject(1, atlas=0)
     with pytest.raises(ValueError, match="'moving' or 'fixed', found 'both'"):
         AtlasToSubject(3, atlas=0, atlas_is="both")
+
+
+def test_both_directions_follow_each_other() -> None:
+    base = RandomPartner(7, seed=2)
+    pairing = BothDirections(RandomPartner(7, seed=2))
+    assert len(pairing) == 14
+    for epoch in (0, 3):
+        pairs = [pairing.pair(index, epoch) for index in range(14)]
+        assert pairs[::2] == drawn(base, epoch)
+        assert pairs[1::2] == [(fixed, moving) for moving, fixed in pairs[::2]]
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 30])
+def test_both_directions_stay_together_over_epochs_of_any_length(length: int) -> None:
+    pairing = BothDirections(RandomPartner(6, seed=2), length)
+    pairs = [pairing.pair(index, epoch) for epoch in range(24) for index in range(len(pairing))]
+    assert len(pairs) == 24 * length
+    assert pairs[1::2] == [(fixed, moving) for moving, fixed in pairs[::2]]
+    assert {fixed for _, fixed in pairs} == set(range(6))
+    assert [fixed for _, fixed in pairs[::2]] == [k % 6 for k in range(12 * length)]
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        BothDirections(RandomPartner(6), 0)
+
+
+def test_listed_pairs_take_turns_in_an_order_of_their_own_each_round() -> None:
+    pairs = [(n, n + 10) for n in range(6)]
+    pairing = Listed(pairs, seed=1, length=4)
+    seen = [pairing.pair(index, epoch) for epoch in range(6) for index in range(len(pairing))]
+    rounds = [seen[start : start + 6] for start in range(0, 24, 6)]
+    assert len(pairing) == 4 and all(sorted(turn) == pairs for turn in rounds)
+    assert len({tuple(turn) for turn in rounds}) > 1
+    assert seen[9] == Listed(pairs, seed=1, length=4).pair(1, 2)
+    assert [Listed(pairs).pair(index, 3) for index in range(6)] == pairs
+    assert len(Listed([], length=4)) == 0

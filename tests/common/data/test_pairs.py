@@ -114,6 +114,25 @@ def test_workers_change_nothing_and_hear_of_a_new_epoch(subjects: Subjects, cach
     assert len(set(seen)) == 3
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_both_directions_are_one_batch_of_two_or_two_steps(subjects: Subjects, workers: int) -> None:
+    dataset = PairDataset(subjects, both_directions=True, length=6, seed=3)
+    dataset.set_epoch(1)
+    for batch in DataLoader(dataset, batch_size=2, num_workers=workers):
+        assert torch.equal(batch["moving"].flip(0), batch["fixed"])
+        assert batch["moving_id"] == batch["fixed_id"][::-1]
+    steps = [(step["moving_id"], step["fixed_id"]) for step in DataLoader(dataset, batch_size=1, num_workers=workers)]
+    assert len(steps) == 6
+    assert steps[1::2] == [(fixed, moving) for moving, fixed in steps[::2]]
+
+
+def test_an_even_number_of_ranks_sees_both_directions_in_one_step(subjects: Subjects) -> None:
+    dataset = PairDataset(subjects, both_directions=True)
+    ranks = [list(DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=False)) for rank in range(2)]
+    for first, second in zip(*ranks, strict=True):
+        assert dataset.pair_ids(first) == dataset.pair_ids(second)[::-1]
+
+
 class Counting:
     """Loads, and remembers how often."""
 
@@ -252,6 +271,11 @@ def test_labels_that_are_no_integers_are_named(tmp_path: Path, subjects: Subject
         (lambda s: s, {"strategy": "atlas"}, "needs `atlas`"),
         (lambda s: s, {"strategy": "atlas", "atlas": "s9"}, r"'s9' is neither a file nor one of the 4 ids.*'s0'"),
         (lambda s: s[:1], {}, "at least 2 subjects, found 1"),
+        (
+            lambda s: s,
+            {"strategy": "all_ordered", "both_directions": True},
+            "strategy 'all_ordered' decides itself",
+        ),
         (lambda s: [*s, s[0]], {}, "two subjects have the id 's0'"),
     ],
 )
