@@ -30,6 +30,7 @@ __all__ = [
     "Listed",
     "Pairing",
     "RandomPartner",
+    "Triplets",
     "generator_for",
 ]
 
@@ -229,3 +230,37 @@ class BothDirections:
         turn, place = divmod(number, len(self.pairing))
         moving, fixed = self.pairing.pair(place, turn)
         return (fixed, moving) if exchanged else (moving, fixed)
+
+
+class Triplets:
+    """Three subjects a, b, c at a time, as the pairs (a, b), (b, c), (c, a), whose mappings lead round to the start.
+
+    Every subject is the first one in turn; the other two are drawn anew each epoch, all three different.
+
+    Args:
+        count: number of subjects, at least 3.
+        seed: of the draw.
+        length: pairs an epoch, three for each triplet. The turn goes on where the epoch before ended. Default: one
+            triplet for each subject.
+
+    Raises:
+        ValueError: with fewer than three subjects, or a length that is no positive multiple of 3.
+    """
+
+    def __init__(self, count: int, seed: int = 0, length: int | None = None) -> None:
+        if count < 3:
+            raise ValueError(f"triplets need at least 3 subjects, found {count}")
+        if length is not None and (length < 3 or length % 3):
+            raise ValueError(f"the length of triplets must be a positive multiple of 3 pairs, got {length}")
+        self.count, self.seed, self.length = count, seed, 3 * count if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def pair(self, index: int, epoch: int) -> tuple[int, int]:
+        """Pair ``index % 3`` of triplet ``index // 3``."""
+        number, side = divmod(index, 3)
+        first = (epoch * (self.length // 3) + number) % self.count
+        others = generator_for(self.seed, epoch, number).choice(self.count - 1, 2, replace=False).tolist()
+        triplet = (first, *(other if other < first else other + 1 for other in others))
+        return triplet[side], triplet[(side + 1) % 3]

@@ -36,6 +36,7 @@ from common.data.pairing import (
     Listed,
     Pairing,
     RandomPartner,
+    Triplets,
     generator_for,
 )
 
@@ -43,7 +44,7 @@ __all__ = ["PairDataset", "STRATEGIES"]
 
 logger = logging.getLogger(__name__)
 
-STRATEGIES = ("random_partner", "all_ordered", "atlas", "listed", "intra")
+STRATEGIES = ("random_partner", "all_ordered", "atlas", "listed", "intra", "triplets")
 _DRAWN = ("random_partner", "intra")
 _PROGRESS_FROM = 50
 
@@ -73,8 +74,9 @@ class PairDataset(EpochDataset):
     Args:
         data: subjects (``image``, ``label``?, ``id``?) or, for ``"listed"``, pairs (``moving``, ``fixed``,
             ``moving_label``?, ``fixed_label``?, ``moving_id``?, ``fixed_id``?); absolute paths.
-        strategy: ``"random_partner"``, ``"all_ordered"``, ``"atlas"``, ``"listed"`` or ``"intra"``;
-            see :mod:`common.data.pairing`.
+        strategy: ``"random_partner"``, ``"all_ordered"``, ``"atlas"``, ``"listed"``, ``"intra"`` or
+            ``"triplets"``; see :mod:`common.data.pairing`. A batch of 3 is one triplet, in order and without a
+            sampler that shuffles; a ``DistributedSampler`` would deal its pairs out to different ranks.
         transform: deterministic callable on one subject's dict. Default: load, channel first.
         augment: callable on one item. When it has ``set_random_state`` (MONAI), it is seeded for each item.
         seed: of partners and augmentation.
@@ -83,8 +85,8 @@ class PairDataset(EpochDataset):
         atlas: for ``"atlas"``: the id of a subject in ``data``, a file, or a subject dict.
         atlas_is: the side of the atlas, ``"moving"`` or ``"fixed"``.
         group_key: for ``"intra"``: the key that says which scans are of one subject.
-        length: pairs an epoch for ``"random_partner"``, ``"listed"`` and ``"intra"``. Default: one for each subject, or
-            the list as it is.
+        length: pairs an epoch for ``"random_partner"``, ``"listed"``, ``"intra"`` and ``"triplets"``. Default: one for
+            each subject (three in triplets), or the list as it is.
         both_directions: for ``"random_partner"`` and ``"intra"``: items 2k and 2k + 1 are one drawn pair, registered
             either way: two optimiser steps in a row, or side by side in a batch of two. ``length`` counts both.
             Without a shuffling sampler they stay together. A ``DistributedSampler`` deals items out in turn: with an
@@ -155,6 +157,8 @@ class PairDataset(EpochDataset):
             return RandomPartner(len(self.subjects), self.seed, length)
         if strategy == "all_ordered":
             return AllOrdered(len(self.subjects))
+        if strategy == "triplets":
+            return Triplets(len(self.subjects), self.seed, length)
         if strategy == "intra":
             return IntraSubject(self.subjects, group_key, self.seed, length)
         place = self._place_atlas(atlas)

@@ -14,10 +14,19 @@ from collections import Counter
 
 import pytest
 
-from common.data.pairing import AllOrdered, AtlasToSubject, BothDirections, IntraSubject, Listed, RandomPartner
+from common.data.pairing import (
+    AllOrdered,
+    AtlasToSubject,
+    BothDirections,
+    IntraSubject,
+    Listed,
+    Pairing,
+    RandomPartner,
+    Triplets,
+)
 
 
-def drawn(pairing: RandomPartner | IntraSubject, epoch: int) -> list[tuple[int, int]]:
+def drawn(pairing: Pairing, epoch: int) -> list[tuple[int, int]]:
     return [pairing.pair(index, epoch) for index in range(len(pairing))]
 
 
@@ -137,3 +146,36 @@ def test_listed_pairs_take_turns_in_an_order_of_their_own_each_round() -> None:
     assert seen[9] == Listed(pairs, seed=1, length=4).pair(1, 2)
     assert [Listed(pairs).pair(index, 3) for index in range(6)] == pairs
     assert len(Listed([], length=4)) == 0
+
+
+def test_triplets_lead_round() -> None:
+    pairing = Triplets(5, seed=1)
+    seen: Counter[tuple[int, ...]] = Counter()
+    for epoch in range(200):
+        pairs = drawn(pairing, epoch)
+        assert len(pairs) == 15
+        for number in range(5):
+            (a, b), (b_again, c), (c_again, a_again) = pairs[3 * number : 3 * number + 3]
+            assert (a, b, c) == (a_again, b_again, c_again)
+            assert a == number and len({a, b, c}) == 3
+            seen[a, b, c] += 1
+    # 1000 draws of the 60 ordered triplets: 17 each; four standard deviations are 16.
+    assert len(seen) == 60 and max(seen.values()) < 33
+
+
+def test_triplets_depend_on_seed_epoch_and_number_only() -> None:
+    pairing = Triplets(30, seed=3, length=12)
+    epoch = drawn(pairing, 7)
+    assert pairing.pair(10, 7) == drawn(Triplets(30, seed=3, length=12), 7)[10]
+    assert [moving for moving, _ in epoch[::3]] == [28, 29, 0, 1], "short epochs leave no subject out"
+    assert epoch != drawn(Triplets(30, seed=4, length=12), 7)
+    assert len({drawn(Triplets(30, length=90), epoch)[0][1] for epoch in range(9)}) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((2,), "at least 3 subjects, found 2"), ((9, 0, 25), "multiple of 3 pairs, got 25"), ((9, 0, 0), "got 0")],
+)
+def test_impossible_triplets(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Triplets(*arguments)

@@ -55,7 +55,7 @@ def test_an_item_is_plain_tensors_with_ids_and_affines(subjects: Subjects) -> No
         np.testing.assert_allclose(item[f"{role}_affine"], np.diag([1, 1, 2, 1]))
 
 
-@pytest.mark.parametrize("strategy", ["random_partner", "all_ordered", "atlas", "intra"])
+@pytest.mark.parametrize("strategy", ["random_partner", "all_ordered", "atlas", "intra", "triplets"])
 def test_every_strategy_collates(subjects: Subjects, strategy: str) -> None:
     subjects = [{**s, "subject": i // 2} for i, s in enumerate(subjects)]
     dataset = PairDataset(subjects, strategy=strategy, atlas="s2", cache=True)
@@ -131,6 +131,14 @@ def test_an_even_number_of_ranks_sees_both_directions_in_one_step(subjects: Subj
     ranks = [list(DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=False)) for rank in range(2)]
     for first, second in zip(*ranks, strict=True):
         assert dataset.pair_ids(first) == dataset.pair_ids(second)[::-1]
+
+
+def test_a_batch_of_three_is_a_triplet(subjects: Subjects) -> None:
+    dataset = PairDataset(subjects, strategy="triplets", seed=3)
+    assert len(dataset) == 12
+    for batch in DataLoader(dataset, batch_size=3):
+        assert len(set(batch["moving_id"])) == 3
+        assert batch["fixed_id"] == batch["moving_id"][1:] + batch["moving_id"][:1]
 
 
 class Counting:
