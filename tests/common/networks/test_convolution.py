@@ -45,3 +45,16 @@ def test_kernel_and_bias_options() -> None:
 def test_double_precision_passes_through() -> None:
     layer = convolution(3, 8, 2).double()
     assert layer(torch.rand(1, 8, 4, 4, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_gradients_of_a_few_voxels_under_autocast_are_those_of_float32() -> None:
+    layer = convolution(3, 16, 16)
+    x = torch.randn(2, 16, 2, 2, 2)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    for _ in range(30):
+        leftovers = [torch.full((2**power,), torch.nan) for power in range(4, 20)]  # what fresh memory then holds
+        del leftovers
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(x).float().square().sum()
+        (actual,) = torch.autograd.grad(loss, layer.weight)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
