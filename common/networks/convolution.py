@@ -32,8 +32,8 @@ _TINY = 128
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 1) -> Tensor:
     """Convolution of (B, C, *S), with a way around what the CPU library does badly in three dimensions.
 
-    One small volume runs as a batch of two, of which the second is dropped; maps of a few voxels stay float32 under
-    autocast.
+    One small volume runs as a batch of two, of which the second is dropped; maps of a few voxels are convolved in
+    float32 under autocast.
 
     Args:
         x: (B, C, *S), two or three axes.
@@ -46,7 +46,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: i
         return F.conv2d(x, weight, bias, stride, padding)
     if x.device.type == "cpu" and x.shape[2:].numel() <= _TINY and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
-            return convolve(x.float(), weight, bias, stride=stride, padding=padding)
+            exact = convolve(x.float(), weight, bias, stride=stride, padding=padding)
+        return exact.to(torch.get_autocast_dtype("cpu"))
     small = x.shape[0] == 1 and x.shape[1] >= _MIN_CHANNELS and x.shape[:-1].numel() <= _SMALL
     if small and stride == 1 and x.device.type == "cpu" and x.dtype == torch.float32:
         return F.conv3d(x.expand(2, -1, -1, -1, -1), weight, bias, stride, padding)[:1]

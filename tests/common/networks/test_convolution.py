@@ -47,7 +47,7 @@ def test_double_precision_passes_through() -> None:
     assert layer(torch.rand(1, 8, 4, 4, 4, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_gradients_of_a_few_voxels_under_autocast_are_those_of_float32() -> None:
+def test_gradients_of_a_few_voxels_under_autocast_are_those_of_float32_rounded() -> None:
     layer = convolution(3, 16, 16)
     x = torch.randn(2, 16, 2, 2, 2)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
@@ -55,6 +55,7 @@ def test_gradients_of_a_few_voxels_under_autocast_are_those_of_float32() -> None
         leftovers = [torch.full((2**power,), torch.nan) for power in range(4, 20)]  # what fresh memory then holds
         del leftovers
         with torch.autocast("cpu", torch.bfloat16):
-            loss = layer(x).float().square().sum()
-        (actual,) = torch.autograd.grad(loss, layer.weight)
-        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        (actual,) = torch.autograd.grad(y.float().square().sum(), layer.weight)
+        torch.testing.assert_close(actual, expected, atol=0.02 * expected.abs().max().item(), rtol=0.02)
