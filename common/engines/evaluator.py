@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ class RegistrationEvaluator(SupervisedEvaluator):
     ``metrics`` names each measure, with the values it takes (``common.engines.PairValues`` lists them):
     ``{"dice": {"metric": DiceScore(labels=[1, 2]), "inputs": ["moved_label", "fixed_label"]}}``. The same metric on
     ``moving_label`` gives the value before registration. ``state.output["metrics"]`` holds the values of the batch,
-    (B, K) each; ``state.metrics`` the means over all pairs of all processes.
+    (B, K) each; ``state.metrics`` the means over all pairs of all processes. To what the network gives, the engine adds
+    ``seconds`` (B, 1), the wall time of its forward pass for a pair.
 
     Args:
         device: where to run.
@@ -95,9 +97,11 @@ class RegistrationEvaluator(SupervisedEvaluator):
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
         image, batch = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
         with self.mode(self.network), torch.no_grad():
+            start = _now(image.device)
             with autocast(self.state.device, self.precision):
                 fields = self.inferer(image, self.network)
-            values = PairValues(batch, fields, self.labels)
+            taken = (_now(image.device) - start) / len(image)
+            values = PairValues(batch, {**fields, "seconds": image.new_full((len(image), 1), taken)}, self.labels)
             measured = self.metrics(values)
             _ = values["moved"]  # pictures and writers want it, whatever was measured
         output = values.known()
@@ -117,3 +121,10 @@ class RegistrationEvaluator(SupervisedEvaluator):
         better = current < best if self.lower_is_better else current > best
         if self.state.best_metric_epoch == -1 or better:
             self.state.best_metric, self.state.best_metric_epoch = current, self.state.epoch
+
+
+def _now(device: torch.device) -> float:
+    """The wall clock, once the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

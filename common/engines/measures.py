@@ -21,14 +21,19 @@ from common.metrics import (
     DiceScore,
     EndpointError,
     HausdorffDistance95,
+    InverseConsistency,
     MetricCollection,
     NonDiffeomorphicVolumePercent,
     NonPositiveJacobianPercent,
+    Reported,
     Similarity,
     StdLogJacobian,
 )
 
 __all__ = ["standard_measures"]
+
+Entries = dict[str, dict[str, Any]]
+_DEFINITIONS = ("standard", "learn2reg", "both")
 
 
 def standard_measures(
@@ -37,22 +42,48 @@ def standard_measures(
     surface: bool = False,
     true_field: bool = False,
     definition: str = "standard",
+    inverse: bool = False,
+    seconds: bool = False,
 ) -> MetricCollection:
     """Similarity and regularity always; overlap where there are labels; each overlap also before registration.
 
     Args:
-        labels: foreground labels; none for images only.
+        labels: the labels that count; none for images only.
         spacing: mm per axis for surface distances, or the name of the value that has it for each pair, such as
             "fixed_spacing"; voxels count as 1 mm without it.
         surface: also HD95 and average surface distance (slower).
         true_field: also the end-point error, for pairs that carry ``true_ddf``.
-        definition: ``"standard"``, or ``"learn2reg"`` for the challenge's own.
+        definition: ``"standard"``; ``"learn2reg"`` for the challenge's own Dice, HD95, NDV and SDlogJ; or ``"both"``,
+            the latter beside the former with the suffix ``_l2r``.
+        inverse: also how well the two fields of networks that give ``inverse_ddf`` undo each other.
+        seconds: also how long the network took for each pair.
 
     Returns:
         the measures, named ``similarity`` (1 is best), ``dice``, ``hd95``, ``asd``, ``ndv``, ``folds``, ``sdlogj``,
-        ``epe``, with the suffix ``_before`` for the value before registration.
+        ``epe``, ``inverse_consistency``, ``inversion_iterations``, ``seconds``, with the suffix ``_before`` for the
+        value before registration.
+
+    Raises:
+        ValueError: for an unknown definition.
     """
-    entries: dict[str, dict[str, Any]] = {}
+    if definition not in _DEFINITIONS:
+        raise ValueError(f"definition must be one of {_DEFINITIONS}, got {definition!r}")
+    entries = _standard(labels, spacing, surface)
+    if definition != "standard":
+        entries |= _learn2reg(labels, surface, "_l2r" if definition == "both" else "")
+    if true_field:
+        entries["epe"] = {"metric": EndpointError(), "inputs": ["ddf", "true_ddf"]}
+    if inverse:
+        fields, solver = ["ddf", "inverse_ddf"], ["inversion_iterations"]
+        entries["inverse_consistency"] = {"metric": InverseConsistency(), "inputs": fields, "required": False}
+        entries["inversion_iterations"] = {"metric": Reported(), "inputs": solver, "required": False}
+    if seconds:
+        entries["seconds"] = {"metric": Reported(), "inputs": ["seconds"]}
+    return MetricCollection(entries)
+
+
+def _standard(labels: Sequence[int], spacing: Sequence[float] | str | None, surface: bool) -> Entries:
+    entries: Entries = {}
     if labels:
         entries |= _before_and_after("dice", lambda: DiceScore(labels), "label")
         # A label that was there and is warped out of existence is missed, not absent: it scores 0.
@@ -60,23 +91,36 @@ def standard_measures(
     entries |= _before_and_after("similarity", lambda: Similarity(LNCC()), "")
     if labels and surface:
         known = None if isinstance(spacing, str) else spacing
-        distances = _before_and_after("hd95", lambda: HausdorffDistance95(labels, known, definition), "label")
+        distances = _before_and_after("hd95", lambda: HausdorffDistance95(labels, known), "label")
         distances |= _before_and_after("asd", lambda: AverageSurfaceDistance(labels, known), "label")
         if isinstance(spacing, str):
             for entry in distances.values():
                 moved, fixed = entry["inputs"]
                 entry["inputs"] = {"moved_label": moved, "fixed_label": fixed, "spacing": spacing}
         entries |= distances
-    ndv_inputs = ["ddf", "moving"] if definition == "learn2reg" else ["ddf"]
-    entries["ndv"] = {"metric": NonDiffeomorphicVolumePercent(definition), "inputs": ndv_inputs}
+    entries["ndv"] = {"metric": NonDiffeomorphicVolumePercent(), "inputs": ["ddf"]}
     entries["folds"] = {"metric": NonPositiveJacobianPercent(), "inputs": ["ddf"]}
-    entries["sdlogj"] = {"metric": StdLogJacobian(definition), "inputs": ["ddf"]}
-    if true_field:
-        entries["epe"] = {"metric": EndpointError(), "inputs": ["ddf", "true_ddf"]}
-    return MetricCollection(entries)
+    entries["sdlogj"] = {"metric": StdLogJacobian(), "inputs": ["ddf"]}
+    return entries
 
 
-def _before_and_after(name: str, make: Any, kind: str) -> dict[str, dict[str, Any]]:
+def _learn2reg(labels: Sequence[int], surface: bool, suffix: str) -> Entries:
+    """As the organisers' evaluation has it: nearest-voxel labels, and a lost label is infinitely far."""
+    entries: Entries = {}
+    after = ["moved_label_l2r", "fixed_label", "moving_label"]
+    if labels:
+        entries[f"dice{suffix}_before"] = {"metric": DiceScore(labels), "inputs": ["moving_label", "fixed_label"]}
+        entries[f"dice{suffix}"] = {"metric": DiceScore(labels), "inputs": after}
+    if labels and surface:
+        for name, inputs in ((f"hd95{suffix}_before", ["moving_label", "fixed_label"]), (f"hd95{suffix}", after)):
+            entries[name] = {"metric": HausdorffDistance95(labels, definition="learn2reg"), "inputs": inputs}
+    volume = NonDiffeomorphicVolumePercent("learn2reg")
+    entries[f"ndv{suffix}"] = {"metric": volume, "inputs": ["ddf", "moving"]}
+    entries[f"sdlogj{suffix}"] = {"metric": StdLogJacobian("learn2reg"), "inputs": ["ddf"]}
+    return entries
+
+
+def _before_and_after(name: str, make: Any, kind: str) -> Entries:
     suffix = f"_{kind}" if kind else ""
     return {
         f"{name}_before": {"metric": make(), "inputs": [f"moving{suffix}", f"fixed{suffix}"]},

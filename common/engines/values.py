@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.metrics import learn2reg_labels
 from common.spatial import warp, warp_labels
 
 __all__ = ["PairValues", "stack_pair"]
@@ -48,7 +49,8 @@ class PairValues(Mapping[str, Any]):
     """The names that losses and metrics ask for, over one batch.
 
     A name is looked for among the fields the network predicted, then in the batch, then among the values that can be
-    computed: ``moved`` and ``moved_mask`` (linear), ``moved_label`` (linear one-hot, argmax), and the differentiable
+    computed: ``moved`` and ``moved_mask`` (linear), ``moved_label`` (linear one-hot, argmax), ``moved_label_l2r``
+    (nearest voxel, as Learn2Reg's organisers warp labels), and the differentiable
     ``moving_onehot``, ``fixed_onehot`` and ``moved_onehot`` (one channel per entry of ``labels``),
     ``inverse_moved`` and ``inverse_moved_onehot`` (the fixed image and its labels, brought to the moving grid by the
     network's ``inverse_ddf``), and ``fixed_spacing`` (B, d), the voxel size in mm from ``fixed_affine``.
@@ -66,6 +68,7 @@ class PairValues(Mapping[str, Any]):
             "moved": ("moving", lambda: warp(self["moving"], self["ddf"])),
             "moved_mask": ("moving_mask", lambda: warp(self["moving_mask"].float(), self["ddf"], padding="zeros")),
             "moved_label": ("moving_label", lambda: warp_labels(self["moving_label"], self["ddf"])),
+            "moved_label_l2r": ("moving_label", lambda: learn2reg_labels(self["moving_label"], self["ddf"])),
             "moving_onehot": ("moving_label", lambda: self._one_hot(self["moving_label"])),
             "fixed_onehot": ("fixed_label", lambda: self._one_hot(self["fixed_label"])),
             "moved_onehot": ("moving_label", lambda: warp(self["moving_onehot"], self["ddf"])),

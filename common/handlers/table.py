@@ -35,12 +35,13 @@ _IDS = ("moving_id", "fixed_id")
 
 
 class MetricsTable:
-    """Write every pair's metrics, and over all pairs mean, standard deviation, median and count of each column.
+    """Write every pair's metrics, and over all pairs mean, standard deviation, median and range of each column.
 
     The columns of a metric with K values are ``dice_1`` ... ``dice_K`` (named by label where labels are known) and
     ``dice_mean``; of one with a single value just its name. A metric ``x_before`` is the one of the unregistered pair
     and is shown before the arrow in the line that is logged: ``dice 0.601 -> 0.752, hd95 2.31, ndv 0.002``.
-    What could not be measured is ``nan`` in the table and left out of the summary.
+    What could not be measured is ``nan`` in the table and left out of the summary, whose columns ``count`` and ``nan``
+    say how many pairs a mean is of and how many it leaves out.
 
     Attach it on every rank: rows are gathered in the order of the data, pairs that a sampler repeated to fill up ranks
     are dropped, and the first rank writes. Each run of the evaluator replaces the files.
@@ -118,7 +119,7 @@ class MetricsTable:
         _write(self.output_dir / self.filename, columns, self.rows)
         if self.summary_filename:
             lines = [{"metric": name, **values} for name, values in self.summary.items()]
-            _write(self.output_dir / self.summary_filename, ["metric", *_STATISTICS], lines)
+            _write(self.output_dir / self.summary_filename, ["metric", *_STATISTICS, "nan"], lines)
         logger.info("%d pairs: %s", len(self.rows), self.line())
 
     def line(self) -> str:
@@ -154,7 +155,7 @@ def _summarise(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         values = torch.tensor(
             [row[name] for row in rows if not math.isnan(row.get(name, math.nan))], dtype=torch.float64
         )
-        summary[name] = _statistics(values)
+        summary[name] = {**_statistics(values), "nan": len(rows) - len(values)}
     return summary
 
 

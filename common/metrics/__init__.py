@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from common.metrics.base import RegistrationMetric
 from common.metrics.collection import MetricCollection
+from common.metrics.consistency import InverseConsistency
 from common.metrics.endpoint import EndpointError
 from common.metrics.landmarks import TargetRegistrationError
+from common.metrics.learn2reg import learn2reg_labels
 from common.metrics.overlap import DiceScore
 from common.metrics.regularity import NonDiffeomorphicVolumePercent, NonPositiveJacobianPercent, StdLogJacobian
+from common.metrics.reported import Reported
 from common.metrics.similarity import Similarity
 from common.metrics.surface import AverageSurfaceDistance, HausdorffDistance95
 
@@ -26,11 +29,14 @@ __all__ = [
     "DiceScore",
     "EndpointError",
     "HausdorffDistance95",
+    "InverseConsistency",
     "MetricCollection",
     "NonDiffeomorphicVolumePercent",
     "NonPositiveJacobianPercent",
     "RegistrationMetric",
+    "Reported",
     "Similarity",
     "StdLogJacobian",
     "TargetRegistrationError",
+    "learn2reg_labels",
 ]

@@ -13,10 +13,12 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.metrics import CumulativeIterationMetric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -32,6 +34,7 @@ from common.engines import (
     seed_everything,
 )
 from common.losses import LNCC, MSE, Diffusion, SoftDice, WeightedLosses
+from common.metrics import Reported
 from common.networks import RegistrationNetwork
 
 
@@ -264,3 +267,18 @@ def test_the_gradient_scaler_survives_the_start_of_training() -> None:
     trainer.run()
     assert trainer.scaler.steps == 2  # type: ignore[union-attr]
     assert torch.allclose(plain.shift, scaled.shift)
+
+
+def test_the_evaluator_times_the_network_alone() -> None:
+    class Slow(OneShift):
+        def fields(self, image: Tensor) -> dict[str, Tensor]:
+            time.sleep(0.06)
+            return super().fields(image)
+
+    loader = DataLoader(Blobs(2), batch_size=2)
+    metrics = {"seconds": {"metric": Reported(), "inputs": ["seconds"]}}
+    evaluator = RegistrationEvaluator("cpu", loader, distribute(Slow(2), "cpu"), metrics)
+    evaluator.add_event_handler(Events.GET_BATCH_STARTED, lambda: time.sleep(0.3))
+    evaluator.run()
+    assert evaluator.state.output["metrics"]["seconds"].shape == (2, 1)
+    assert 0.03 <= evaluator.state.metrics["seconds"] < 0.2

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from common.engines import PairValues, standard_measures
+from common.metrics import DiceScore, HausdorffDistance95
 
 
 def values(moving_label: torch.Tensor, ddf: torch.Tensor, spacing: float = 1.0) -> PairValues:
@@ -54,3 +55,67 @@ def test_surface_distances_are_in_the_scans_millimetres(spacing: float) -> None:
     measured = measures(values(slab(7), torch.zeros(1, 2, 12, 10), spacing))
     assert measured["hd95"].item() == pytest.approx(3 * spacing)
     assert measures.aggregate()["hd95_before"] == pytest.approx(3 * spacing)
+
+
+def pattern(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A label map with a field that moves its boundaries by parts of voxels and loses label 3."""
+    generator = torch.Generator().manual_seed(seed)
+    label = slab(4)
+    label[:, :, 7:10, 2:8] = 2
+    label[:, :, 1, 1] = 3
+    ddf = 0.7 * torch.randn(1, 2, 12, 10, generator=generator)
+    ddf[:, :, :3, :3] = 20.0
+    return label, ddf
+
+
+def test_both_definitions_stand_side_by_side() -> None:
+    label, ddf = pattern()
+    sets = {
+        name: standard_measures([1, 2, 3], surface=True, spacing="fixed_spacing", definition=name)
+        for name in ("standard", "learn2reg", "both")
+    }
+    measured = {name: measures(values(label, ddf, 2.0)) for name, measures in sets.items()}
+    suffixed = {"dice_l2r", "dice_l2r_before", "hd95_l2r", "hd95_l2r_before", "ndv_l2r", "sdlogj_l2r"}
+    assert set(measured["both"]) == set(measured["standard"]) | suffixed
+    assert set(measured["learn2reg"]) == set(measured["standard"])
+    for name, value in measured["standard"].items():
+        assert torch.equal(measured["both"][name].nan_to_num(-1), value.nan_to_num(-1)), name
+    for name in ("dice", "hd95", "ndv", "sdlogj"):
+        l2r = measured["both"][f"{name}_l2r"].nan_to_num(-1)
+        assert torch.equal(l2r, measured["learn2reg"][name].nan_to_num(-1)), name
+        assert not torch.allclose(l2r, measured["standard"][name].nan_to_num(-1)), name
+    assert sets["both"].columns["dice_l2r"] == ("1", "2", "3")
+
+
+def test_learn2regs_labels_and_surfaces_are_those_of_nearest_voxels() -> None:
+    label, ddf = pattern()
+    pair = values(label, ddf)
+    measured = standard_measures([1, 2, 3], surface=True, definition="both")(pair)
+    nearest = pair["moved_label_l2r"]
+    metrics = {"dice_l2r": DiceScore([1, 2, 3]), "hd95_l2r": HausdorffDistance95([1, 2, 3], definition="learn2reg")}
+    for name, metric in metrics.items():
+        expected = metric(nearest, pair["fixed_label"], label)
+        assert torch.equal(measured[name].nan_to_num(-1), expected.nan_to_num(-1)), name
+
+
+def test_a_lost_label_is_infinitely_far_for_the_organisers_and_unknown_to_us() -> None:
+    away = torch.full((1, 2, 12, 10), -20.0)
+    measured = standard_measures([1], surface=True, definition="both")(values(slab(4), away))
+    assert measured["hd95"].isnan().all() and measured["hd95_l2r"].item() == math.inf
+    assert measured["dice_l2r"].item() == 0
+
+
+def test_an_unknown_definition_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'standard', 'learn2reg', 'both'.* got 'l2r'"):
+        standard_measures(definition="l2r")
+
+
+def test_inverse_and_time_are_measured_where_there_are_any() -> None:
+    label, ddf = pattern()
+    batch = values(label, ddf).known()
+    measures = standard_measures(inverse=True, seconds=True)
+    without = measures(PairValues(batch, {"ddf": ddf, "seconds": torch.tensor([[0.5]])}))
+    assert without["seconds"].item() == 0.5 and "inverse_consistency" not in without
+    fields = {"ddf": ddf, "seconds": torch.ones(1, 1), "inverse_ddf": -ddf}
+    measured = measures(PairValues(batch, {**fields, "inversion_iterations": torch.tensor([[[3, 4], [5, 6]]])}))
+    assert measured["inversion_iterations"].item() == 4.5 and measured["inverse_consistency"].item() > 0.1

@@ -77,6 +77,7 @@ def test_summary_leaves_out_what_is_absent(tmp_path: Path) -> None:
     assert float(summary["dice_mean"]["std"]) == pytest.approx(math.sqrt(2 * 0.1**2))
     assert float(summary["ndv"]["median"]) == pytest.approx(0.001) and summary["ndv"]["count"] == "3"
     assert summary["dice_posterior"]["count"] == "1" and summary["dice_posterior"]["std"] == "nan"
+    assert [summary[name]["nan"] for name in ("dice_anterior", "dice_posterior", "dice_mean", "ndv")] == list("1210")
 
 
 def test_the_mean_is_the_metrics_own(tmp_path: Path) -> None:
