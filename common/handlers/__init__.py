@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from common.handlers.checkpoint import CheckpointError, SafeCheckpoint, load_checkpoint, resume_from, save_checkpoint
 from common.handlers.figures import figure_to_array, registration_figure
+from common.handlers.learn2reg_writer import Learn2RegWriter
 from common.handlers.pictures import PictureSaver
 from common.handlers.progress import LossProgressBar
 from common.handlers.table import MetricsTable
@@ -22,6 +23,7 @@ from common.handlers.writer import RegistrationWriter
 
 __all__ = [
     "CheckpointError",
+    "Learn2RegWriter",
     "LossProgressBar",
     "MetricsTable",
     "PictureSaver",
