@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from common.engines.detailed_measures import detailed_measures
 from common.engines.evaluator import RegistrationEvaluator
 from common.engines.measures import standard_measures
 from common.engines.network import FieldsModule, autocast, distribute, seed_everything
@@ -26,6 +27,7 @@ __all__ = [
     "RegistrationEvaluator",
     "RegistrationTrainer",
     "autocast",
+    "detailed_measures",
     "distribute",
     "load_pretrained_encoder",
     "prepare_pair",

@@ -15,6 +15,7 @@ from __future__ import annotations
 from common.io.common_grid import common_grid
 from common.io.fields import load_field, save_field
 from common.io.grids import GridError, grid_difference, require_same_grid, same_grid
+from common.io.pair_grid import pair_grid
 from common.io.scans import Scan, ScanError, load_image, save_image
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "grid_difference",
     "load_field",
     "load_image",
+    "pair_grid",
     "require_same_grid",
     "same_grid",
     "save_field",

@@ -16,25 +16,36 @@ from common.metrics.base import RegistrationMetric
 from common.metrics.collection import MetricCollection
 from common.metrics.consistency import InverseConsistency
 from common.metrics.endpoint import EndpointError
+from common.metrics.intensity import RootMeanSquareError
 from common.metrics.landmarks import TargetRegistrationError
 from common.metrics.learn2reg import learn2reg_labels
 from common.metrics.overlap import DiceScore
-from common.metrics.regularity import NonDiffeomorphicVolumePercent, NonPositiveJacobianPercent, StdLogJacobian
+from common.metrics.regularity import (
+    MeanJacobian,
+    NonDiffeomorphicVolumePercent,
+    NonPositiveJacobianPercent,
+    StdLogJacobian,
+)
 from common.metrics.reported import Reported
 from common.metrics.similarity import Similarity
-from common.metrics.surface import AverageSurfaceDistance, HausdorffDistance95
+from common.metrics.slices import PerSlice
+from common.metrics.surface import AverageSurfaceDistance, HausdorffDistance, HausdorffDistance95
 
 __all__ = [
     "AverageSurfaceDistance",
     "DiceScore",
     "EndpointError",
+    "HausdorffDistance",
     "HausdorffDistance95",
     "InverseConsistency",
+    "MeanJacobian",
     "MetricCollection",
     "NonDiffeomorphicVolumePercent",
     "NonPositiveJacobianPercent",
+    "PerSlice",
     "RegistrationMetric",
     "Reported",
+    "RootMeanSquareError",
     "Similarity",
     "StdLogJacobian",
     "TargetRegistrationError",

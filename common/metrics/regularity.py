@@ -20,7 +20,7 @@ from torch import Tensor
 from common.metrics.base import RegistrationMetric, check_definition
 from common.spatial import jacobian_determinant, non_diffeomorphic_volume
 
-__all__ = ["StdLogJacobian", "NonDiffeomorphicVolumePercent", "NonPositiveJacobianPercent"]
+__all__ = ["MeanJacobian", "NonDiffeomorphicVolumePercent", "NonPositiveJacobianPercent", "StdLogJacobian"]
 
 _SLAB_VOXELS = 2**19
 
@@ -109,6 +109,26 @@ class StdLogJacobian(RegistrationMetric):
         logarithm = (determinant + offset).clamp(1e-9, 1e9).log()
         inside = _interior(_inside(mask, ddf), self.crop, ddf.ndim - 2)
         return torch.stack([_deviation(v[m]) for v, m in zip(logarithm, inside, strict=True)])[:, None].float()
+
+
+class MeanJacobian(RegistrationMetric):
+    """Mean over voxels of the Jacobian determinant of ``x + ddf(x)`` (central differences), per item.
+
+    1 for a field that moves what is inside and nothing at the edge of the image, whatever it does there.
+
+    Args:
+        crop: voxels left out at each edge.
+    """
+
+    def __init__(self, crop: int = 1) -> None:
+        super().__init__()
+        self.crop = crop
+
+    def _compute_tensor(self, ddf: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        _check_field(ddf)
+        determinant = _interior(_determinant(ddf), self.crop, ddf.ndim - 2)
+        inside = _interior(_inside(mask, ddf), self.crop, ddf.ndim - 2)
+        return ((determinant * inside).flatten(1).sum(1) / inside.flatten(1).sum(1))[:, None].float()
 
 
 class NonPositiveJacobianPercent(RegistrationMetric):

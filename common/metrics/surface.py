@@ -26,7 +26,13 @@ from torch import Tensor
 from common.metrics.base import RegistrationMetric, check_definition, per_item_spacing
 from common.metrics.overlap import check_label_maps, check_labels
 
-__all__ = ["HausdorffDistance95", "AverageSurfaceDistance", "SurfaceDistances", "surface_distances"]
+__all__ = [
+    "AverageSurfaceDistance",
+    "HausdorffDistance",
+    "HausdorffDistance95",
+    "SurfaceDistances",
+    "surface_distances",
+]
 
 Mask = NDArray[np.bool_]
 Values = NDArray[np.float64]
@@ -171,8 +177,8 @@ def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None, shape: Sequ
     )
 
 
-class HausdorffDistance95(_SurfaceMetric):
-    """95th percentile of the distance between two surfaces in mm, the larger of the two directions, per label.
+class HausdorffDistance(_SurfaceMetric):
+    """Largest distance between two surfaces in mm, or a percentile of it, of the worse direction, per label.
 
     ``definition="standard"``: percentile over the contour voxels, with the image's spacing. ``"learn2reg"``: surface
     elements weighted by their area (DeepMind's robust Hausdorff distance) and, as the challenge has it, a spacing of
@@ -185,11 +191,11 @@ class HausdorffDistance95(_SurfaceMetric):
         labels: the labels to measure, in the order of the columns.
         spacing: mm per axis (a number, one number per axis, or one row per item); ``spacing=`` at call overrides it.
         definition: ``"standard"`` or ``"learn2reg"``.
-        percentile: between 0 and 100.
+        percentile: between 0 and 100; 100 is the largest distance.
     """
 
     def __init__(
-        self, labels: Sequence[int], spacing: Any = None, definition: str = "standard", percentile: float = 95.0
+        self, labels: Sequence[int], spacing: Any = None, definition: str = "standard", percentile: float = 100.0
     ) -> None:
         super().__init__(labels, spacing)
         self.definition = check_definition(definition)
@@ -208,6 +214,22 @@ class HausdorffDistance95(_SurfaceMetric):
             return float(max(np.percentile(side, self.percentile) for side in (distances.a_to_b, distances.b_to_a)))
         forward = _weighted_percentile(distances.a_to_b, distances.a_sizes, self.percentile)
         return max(forward, _weighted_percentile(distances.b_to_a, distances.b_sizes, self.percentile))
+
+
+class HausdorffDistance95(HausdorffDistance):
+    """:class:`HausdorffDistance` at the 95th percentile, which single stray voxels do not decide.
+
+    Args:
+        labels: the labels to measure, in the order of the columns.
+        spacing: as for :class:`HausdorffDistance`.
+        definition: ``"standard"`` or ``"learn2reg"``.
+        percentile: between 0 and 100.
+    """
+
+    def __init__(
+        self, labels: Sequence[int], spacing: Any = None, definition: str = "standard", percentile: float = 95.0
+    ) -> None:
+        super().__init__(labels, spacing, definition, percentile)
 
 
 def _weighted_percentile(values: Values, weights: Values, percentile: float) -> float:

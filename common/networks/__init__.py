@@ -32,6 +32,7 @@ from common.networks.dual_stream import DualStreamEncoder
 from common.networks.factory import ENCODER_PRESETS, build_encoder
 from common.networks.normalization import normalize_and_activate
 from common.networks.residual import ResidualBlock
+from common.networks.slicewise import SliceWise, for_stacks
 from common.networks.swin import SwinEncoder
 from common.networks.transmorph_tvf import PyramidDecoder, TimeSteps, TransMorphTVF, TVFOutput
 from common.networks.vfa import VFAEncoder
@@ -49,6 +50,7 @@ __all__ = [
     "PyramidDecoder",
     "RegistrationNetwork",
     "ResidualBlock",
+    "SliceWise",
     "SwinEncoder",
     "TVFOutput",
     "TimeSteps",
@@ -66,6 +68,7 @@ __all__ = [
     "convolve",
     "crop_to",
     "encode_pair",
+    "for_stacks",
     "interpolate_bias_tables",
     "load_encoder_weights",
     "local_correlation",

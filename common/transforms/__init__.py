@@ -23,18 +23,26 @@ from common.transforms.array import RandImagePair
 from common.transforms.dictionary import RandImagePairD, RandImagePaird, RandImagePairDict
 from common.transforms.preprocessing import CheckScand, ScalePercentilesd, scan_transforms
 from common.transforms.random_images import ImagePair, PairOptions, generate_pair
+from common.transforms.shifts import IntensityShift
+from common.transforms.stacks import CompleteSlices, RandSlice, ScaleSlicesd, cohort_transforms, stack_transforms
 
 __all__ = [
     "CheckScand",
+    "CompleteSlices",
     "ImagePair",
+    "IntensityShift",
     "PairOptions",
     "RandImagePair",
     "RandImagePairD",
     "RandImagePairDict",
     "RandImagePaird",
+    "RandSlice",
     "ScalePercentilesd",
+    "ScaleSlicesd",
+    "cohort_transforms",
     "generate_pair",
     "scan_transforms",
+    "stack_transforms",
 ]
 
 for _transform in (RandImagePair, RandImagePaird):
