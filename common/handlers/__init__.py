@@ -19,12 +19,14 @@ from common.handlers.pictures import PictureSaver
 from common.handlers.progress import LossProgressBar
 from common.handlers.table import MetricsTable
 from common.handlers.tensorboard import TensorBoardPictures, TensorBoardScalars
+from common.handlers.weight_schedule import LossWeightSchedule
 from common.handlers.writer import RegistrationWriter
 
 __all__ = [
     "CheckpointError",
     "Learn2RegWriter",
     "LossProgressBar",
+    "LossWeightSchedule",
     "MetricsTable",
     "PictureSaver",
     "RegistrationWriter",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from common.losses.deep_supervision import DeepSupervision
 from common.losses.folding import NonDiffeomorphicVolume
+from common.losses.group_consistency import GroupConsistency
 from common.losses.intensity import MSE, GlobalNCC, MutualInformation
 from common.losses.kl import GaussianKL
 from common.losses.lncc import LNCC
@@ -29,6 +30,7 @@ __all__ = [
     "Diffusion",
     "GaussianKL",
     "GlobalNCC",
+    "GroupConsistency",
     "MutualInformation",
     "NonDiffeomorphicVolume",
     "SoftDice",

@@ -38,6 +38,10 @@ def field() -> Tensor:
     return 2 * torch.randn(2, 2, 8, 9)
 
 
+def triplet() -> Tensor:
+    return 2 * torch.randn(3, 2, 8, 9)
+
+
 CASES: dict[str, tuple[nn.Module, tuple]] = {
     "LNCC": (losses.LNCC(5), (image, image, mask)),
     "MSE": (losses.MSE(), (image, image, mask)),
@@ -48,6 +52,7 @@ CASES: dict[str, tuple[nn.Module, tuple]] = {
     "WarpedLabelDice": (losses.WarpedLabelDice([1, 2]), (label, label, field, mask)),
     "Diffusion": (losses.Diffusion(), (field, mask)),
     "BendingEnergy": (losses.BendingEnergy(), (field,)),
+    "GroupConsistency": (losses.GroupConsistency(), (triplet, triplet)),
     "NonDiffeomorphicVolume": (losses.NonDiffeomorphicVolume(), (field, mask)),
     "GaussianKL": (losses.GaussianKL(), (image, image, image, image)),
 }
@@ -61,7 +66,7 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, list[Tensor]]:
 
 def test_every_public_loss_is_among_the_cases() -> None:
     public = {name for name in losses.__all__ if isinstance(getattr(losses, name), type)}
-    assert public - {"WeightedLosses"} == {name.split()[0] for name in CASES}
+    assert public - {"WeightedLosses", "DeepSupervision"} == {name.split()[0] for name in CASES}
 
 
 def test_scalar_float32_on_the_device_of_its_inputs(case: tuple[nn.Module, list[Tensor]], device: torch.device) -> None:
