@@ -27,6 +27,7 @@ from monai.transforms import (
     Orientationd,
     ResizeWithPadOrCropd,
     ScaleIntensityd,
+    ScaleIntensityRanged,
     Spacingd,
 )
 from torch import Tensor
@@ -44,7 +45,7 @@ def scan_transforms(
     spatial_size: Sequence[int] | None = None,
     orientation: str | None = "RAS",
     spacing: Sequence[float] | None = None,
-    intensity: str = "percentile",
+    intensity: str | Sequence[float] = "percentile",
     label_keys: Sequence[str] | None = None,
     allow_missing_keys: bool = False,
     padding: str = "zeros",
@@ -62,7 +63,8 @@ def scan_transforms(
             For 2-D scans the first two count; MONAI says so in a warning unless ``spatial_size`` has two entries.
         spacing: voxel size to resample to, in millimetres, linear for images and nearest for labels; None leaves it.
         intensity: "percentile" brings percentiles 0.5 and 99.5 to 0 and 1, clipped; "minmax" brings minimum and
-            maximum there; "none" keeps the values. A constant image becomes 0 in the first two.
+            maximum there; "none" keeps the values. Two numbers are a window: values are clipped to it, and its ends
+            brought to 0 and 1, as for CT in Hounsfield units. A constant image becomes 0 in the first two.
         label_keys: which of the keys are label maps; None is those whose name contains "label" or "mask".
         allow_missing_keys: whether items may lack some keys.
         padding: "zeros", or "border" to repeat an image's outermost voxels. Where scans are cut out of larger ones,
@@ -74,8 +76,8 @@ def scan_transforms(
     Raises:
         ValueError: when ``intensity`` or ``padding`` is unknown or a label key is not among the keys.
     """
-    if intensity not in INTENSITIES:
-        raise ValueError(f"intensity must be one of {INTENSITIES}, got {intensity!r}")
+    if isinstance(intensity, str) and intensity not in INTENSITIES:
+        raise ValueError(f"intensity must be one of {INTENSITIES} or a window (low, high), got {intensity!r}")
     if padding not in _PADDINGS:
         raise ValueError(f"padding must be one of {sorted(_PADDINGS)}, got {padding!r}")
     if label_keys is None:
@@ -97,7 +99,10 @@ def scan_transforms(
     if spacing is not None:
         steps += [Spacingd(images, pixdim=spacing, mode="bilinear", padding_mode="border", **missing)] if images else []
         steps += [Spacingd(labels, pixdim=spacing, mode="nearest", padding_mode="border", **missing)] if labels else []
-    if intensity == "percentile" and images:
+    if not isinstance(intensity, str) and images:
+        low, high = _window(intensity)
+        steps += [ScaleIntensityRanged(images, low, high, 0.0, 1.0, clip=True, **missing)]
+    elif intensity == "percentile" and images:
         steps += [ScalePercentilesd(images, **missing)]
     elif intensity == "minmax" and images:
         steps += [ScaleIntensityd(images, minv=0.0, maxv=1.0, **missing)]
@@ -108,6 +113,12 @@ def scan_transforms(
     steps += [EnsureTyped(images, dtype=torch.float32, **missing)] if images else []
     steps += [EnsureTyped(labels, dtype=torch.int32, **missing)] if labels else []
     return Compose(steps)
+
+
+def _window(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) != 2 or not values[0] < values[1]:
+        raise ValueError(f"a window of intensities is (low, high) with low < high, got {tuple(values)}")
+    return float(values[0]), float(values[1])
 
 
 class SliceAsPlaned(MapTransform):

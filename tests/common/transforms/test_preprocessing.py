@@ -87,6 +87,17 @@ def test_percentiles_by_hand() -> None:
     assert float(out[0, 1000, 0]) == 1.0
 
 
+def test_a_window_is_clipped_to_and_scaled(tmp_path: Path) -> None:
+    values = np.array([-2000, -1000, -500, 0, 1000, 3000], dtype=np.float32).reshape(6, 1, 1)
+    path = tmp_path / "ct.nii.gz"
+    nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, 1.0, 1.0])), path)
+    out = scan_transforms(("image",), orientation=None, intensity=(-1000, 1000))({"image": path})["image"]
+    assert out.flatten().tolist() == [0, 0, 0.25, 0.5, 1, 1]
+    for window in [(1000, -1000), (0, 1, 2)]:
+        with pytest.raises(ValueError, match="window"):
+            scan_transforms(intensity=window)
+
+
 @pytest.mark.parametrize("intensity", ["percentile", "minmax"])
 def test_constant_images_become_zero(tmp_path: Path, intensity: str) -> None:
     path = write(tmp_path / "c.nii.gz", np.full((4, 4, 4), 7.0, np.float32))
