@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from common.data.cohort import Cohort, cohort_from_json, load_cohort
+from common.data.group_sampler import GroupSampler
 from common.data.integrity import CohortReport, IntegrityError, check_integrity
 from common.data.pairs import PairDataset
 from common.data.random_pairs import RandomPairDataset
@@ -21,6 +22,7 @@ from common.data.subsets import nested_subset
 __all__ = [
     "Cohort",
     "CohortReport",
+    "GroupSampler",
     "IntegrityError",
     "PairDataset",
     "RandomPairDataset",

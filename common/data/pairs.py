@@ -76,7 +76,8 @@ class PairDataset(EpochDataset):
             ``moving_label``?, ``fixed_label``?, ``moving_id``?, ``fixed_id``?); absolute paths.
         strategy: ``"random_partner"``, ``"all_ordered"``, ``"atlas"``, ``"listed"``, ``"intra"`` or
             ``"triplets"``; see :mod:`common.data.pairing`. A batch of 3 is one triplet, in order and without a
-            sampler that shuffles; a ``DistributedSampler`` would deal its pairs out to different ranks.
+            sampler that shuffles; a ``DistributedSampler`` would deal its pairs out to different ranks, where
+            :class:`common.data.GroupSampler` keeps them together.
         transform: deterministic callable on one subject's dict. Default: load, channel first.
         augment: callable on one item. When it has ``set_random_state`` (MONAI), it is seeded for each item.
         seed: of partners and augmentation.

@@ -48,21 +48,30 @@ class GroupConsistency(nn.Module):
         super().__init__()
         self.spacing = check_spacing("GroupConsistency", spacing)
 
-    def forward(self, ddf: Tensor, inverse_ddf: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ddf: Tensor,
+        inverse_ddf: Tensor | None = None,
+        moving_id: Sequence[str] | None = None,
+        fixed_id: Sequence[str] | None = None,
+    ) -> Tensor:
         """The mean squared length of the cycles' displacements.
 
         Args:
             ddf: (3T, d, *S), voxels: T triplets, one after the other.
             inverse_ddf: the inverse fields, of the same shape; then the loss is the mean of the cycle above and of the
                 one the other way round, ``phi13(phi32(phi21(x)))``.
+            moving_id: names of the moving images, to make sure that the batch holds triplets: a sampler that shuffles
+                would tear them apart, and any three fields have a cycle of some length.
+            fixed_id: of the fixed ones.
 
         Returns:
             a scalar, float32 (float64 for float64 fields).
 
         Raises:
             TypeError: when a field is no tensor.
-            ValueError: when ``ddf`` is no field or no whole triplets, the inverse has another shape, or the spacing
-                has another number of axes.
+            ValueError: when ``ddf`` is no field or no whole triplets, the inverse has another shape, the names lead to
+                no cycle, or the spacing has another number of axes.
         """
         dims = check_ddf("GroupConsistency", ddf)
         if len(ddf) % 3:
@@ -71,6 +80,8 @@ class GroupConsistency(nn.Module):
             raise ValueError(
                 f"GroupConsistency: ddf has shape {tuple(ddf.shape)}, inverse_ddf {tuple(inverse_ddf.shape)}"
             )
+        if moving_id is not None and fixed_id is not None:
+            _check_cycles(moving_id, fixed_id)
         spacing = spacing_for("GroupConsistency", self.spacing, dims)
         extent = max(count * size for count, size in zip(ddf.shape[2:], spacing, strict=True))
         with full_precision(ddf.device):
@@ -79,6 +90,16 @@ class GroupConsistency(nn.Module):
             if inverse_ddf is not None:
                 loss = (loss + _missed(as_float(inverse_ddf), (2, 1, 0), unit)) / 2
         return loss
+
+
+def _check_cycles(moving: Sequence[str], fixed: Sequence[str]) -> None:
+    """Refuse a batch in which a fixed image is not the moving one of the next pair of its triplet."""
+    following = [moving[item + 1 if item % 3 < 2 else item - 2] for item in range(len(moving))]
+    if following != list(fixed):
+        raise ValueError(
+            "GroupConsistency: pairs of a triplet lead from a to b, b to c and c to a, got (moving, fixed) "
+            f"{list(zip(moving, fixed, strict=True))}; is there a sampler that shuffles or deals out single items?"
+        )
 
 
 def _missed(ddf: Tensor, order: tuple[int, int, int], unit: Tensor) -> Tensor:

@@ -72,6 +72,16 @@ def test_batch_is_averaged() -> None:
     assert loss(torch.cat([folded, sound])).item() == pytest.approx(loss(folded).item() / 2, rel=1e-6)
 
 
+def test_published_weight_in_either_reduction() -> None:
+    """Voxels summed over a batch, mean of both directions, weight 1e-5; and what the documentation makes of it."""
+    fields = [torch.cat([waves(3.0), waves(2.0)]), torch.cat([-waves(2.0), waves(1.0)])]
+    summed = sum(NonDiffeomorphicVolume("sum")(f[item : item + 1]).item() for f in fields for item in range(2)) / 2
+    assert sum(2 * 0.5e-5 * NonDiffeomorphicVolume("sum")(f).item() for f in fields) == pytest.approx(1e-5 * summed)
+    weight = 2 * 0.5e-5 * 22 * 28 * 24
+    assert sum(weight * NonDiffeomorphicVolume()(f).item() for f in fields) == pytest.approx(1e-5 * summed)
+    assert pytest.approx(66.6, abs=0.1) == 158 * 222 * 190 * 1e-5
+
+
 def test_descent_unfolds() -> None:
     ddf = (2 * torch.randn(1, 2, 8, 8)).requires_grad_()
     loss, optimiser = NonDiffeomorphicVolume(), torch.optim.Adam([ddf], lr=0.1)

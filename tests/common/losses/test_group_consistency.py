@@ -125,6 +125,15 @@ def test_half_precision(device: torch.device) -> None:
     assert value.item() == pytest.approx(GroupConsistency()(ddf.float()).item(), rel=1e-6)
 
 
+def test_pairs_that_are_no_triplets_are_refused() -> None:
+    ddf, loss = torch.zeros(6, 2, 5, 5), GroupConsistency()
+    moving, fixed = list("abcdef"), list("bcaefd")
+    assert loss(ddf, ddf, moving, fixed).item() == 0
+    for wrong in ("bcadef", "cabefd", "bcaefa"):
+        with pytest.raises(ValueError, match=r"got \(moving, fixed\) \[\('a', '.'\).*sampler"):
+            loss(ddf, ddf, moving, list(wrong))
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="multiple of 3 items, got 4"):
         GroupConsistency()(torch.zeros(4, 2, 5, 5))
