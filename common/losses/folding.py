@@ -28,10 +28,10 @@ class NonDiffeomorphicVolume(nn.Module):
     a field without folds, so it asks nothing of a field that is already sound.
 
     It is of one direction. SITReg takes the mean of the volumes of a field and its inverse: two terms, on ``ddf`` and
-    ``inverse_ddf``, each with half the weight. Its published weight 1e-5 is for voxels summed over the batch of one pair
-    that each process holds, with gradients averaged over processes. That is 1e-5 here with "sum" at any batch size;
-    where somebody sums over B pairs, it is B times their weight. With "mean" it is 1e-5 times the inner voxels, for
-    LUMIR's 160x224x192 ``158 * 222 * 190 * 1e-5 = 66.6``.
+    ``inverse_ddf``, each with half the weight. Its published weight 1e-5 is for voxels summed over a batch, of one pair
+    in each process, with gradients averaged over processes. That is 1e-5 here with "sum" at any batch size; where
+    somebody sums over B pairs, it is B times their weight. With "mean" it is 1e-5 times the inner voxels, for LUMIR's
+    160x224x192 ``158 * 222 * 190 * 1e-5 = 66.6``.
 
     Args:
         reduction: "sum", voxels folded per item, averaged over the batch, or "mean", the same as a share of the voxels
