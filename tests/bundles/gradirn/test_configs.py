@@ -1,0 +1,139 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The configs hold to MONAI's bundle properties and to the published settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIGS = "bundles/gradirn/configs"
+
+
+def python(repository: Path, code: str) -> str:
+    """Run in a process of its own, since ``scripts`` means another package in each bundle."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def read(repository: Path, name: str) -> dict[str, object]:
+    return json.loads((repository / CONFIGS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("train", "train"), ("inference", "infer")])
+def test_monai_finds_every_property_it_asks_for(repository: Path, name: str, kind: str, tmp_path: Path) -> None:
+    code = f"""
+import sys
+DATA, OUT = {str(tmp_path / "data")!r}, {str(tmp_path / "out")!r}
+sys.path.insert(1, "bundles/gradirn")
+from monai.bundle import ConfigWorkflow
+workflow = ConfigWorkflow(
+    "{CONFIGS}/{name}.json", workflow_type="{kind}", logging_file=False, output_dir=OUT, dataset_dir=DATA
+)
+workflow.initialize()
+print("missing:", workflow.check_properties())
+"""
+    assert "missing: []" in python(repository, code)
+
+
+def test_published_settings_have_the_published_number_of_parameters(repository: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(1, "bundles/gradirn")
+from monai.bundle import ConfigParser
+for overlays in (["paper_ukbb"], ["paper_mnms"], ["paper_camcan"], ["paper_ukbb", "vm"], ["paper_camcan", "vm"]):
+    parser = ConfigParser()
+    parser.read_config([f"{CONFIGS}/{{name}}.json" for name in ("train", *overlays)])
+    network = parser.get_parsed_content("network_def")
+    print(sum(p.numel() for p in network.parameters()), parser.get_parsed_content("smoothness_weight"))
+"""
+    counts = [line.split() for line in python(repository, code).splitlines()[-5:]]
+    assert [int(count) for count, _ in counts] == [88521, 88521, 269964, 106866, 320419]
+    assert {weight for _, weight in counts} == {"0.01"}
+
+
+@pytest.mark.parametrize(("similarity", "weight"), [("ssd", 0.01), ("ncc", 0.1), ("lncc", 0.1)])
+def test_the_loss_goes_with_the_similarity_as_published(repository: Path, similarity: str, weight: float) -> None:
+    code = f"""
+import sys, torch
+sys.path.insert(1, "bundles/gradirn")
+from monai.bundle import ConfigParser
+parser = ConfigParser()
+parser.read_config("{CONFIGS}/train.json")
+parser["similarity"] = "{similarity}"
+loss = parser.get_parsed_content("loss")
+x = torch.rand(1, 1, 12, 12)
+total, terms = loss({{"moved": x, "fixed": 1 - x, "ddf": torch.arange(32.0).view(1, 2, 4, 4)}})
+print(type(loss.terms["similarity"]).__name__, loss.weights["smoothness"], float(terms["smoothness"]), sorted(terms))
+"""
+    name, found, energy, terms = python(repository, code).splitlines()[-1].split(maxsplit=3)
+    assert name == {"ssd": "MSE", "ncc": "GlobalNCC", "lncc": "LNCC"}[similarity]
+    assert float(found) == weight and float(energy) == 25.5
+    assert terms == "['similarity', 'smoothness']", "deep supervision is off unless asked for"
+
+
+def test_metadata_fits_monais_schema_and_its_changelog(repository: Path, shared: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    metadata = read(repository, "metadata")
+    jsonschema.validate(metadata, json.loads((shared / "specs/meta_schema_20240725.retyped.json").read_text()))
+    assert metadata["version"] in metadata["changelog"]  # type: ignore[operator]
+
+
+def test_no_step_before_run_touches_scripts_and_no_expression_is_long(repository: Path) -> None:
+    for path in sorted((repository / CONFIGS).glob("*.json")):
+        config = json.loads(path.read_text())
+        assert "scripts" not in json.dumps(config.get("initialize", ""))
+        for text in _strings(config):
+            if text.startswith("$"):
+                assert len(text) < 120 and "__" not in text and "subprocess" not in text, f"{path.name}: {text}"
+
+
+def test_overlays_change_only_what_the_config_has(repository: Path) -> None:
+    train = read(repository, "train")
+    for name in ("paper_ukbb", "paper_mnms", "paper_camcan", "vm"):
+        assert {key.split("#")[0] for key in read(repository, name)} <= set(train), name
+
+
+def test_the_options_in_the_documentation_are_keys_with_these_defaults(repository: Path) -> None:
+    text = (repository / "bundles/gradirn/docs/README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| `")]
+    configs = {name: read(repository, name) for name in ("train", "evaluate", "inference")}
+    known = {key for config in configs.values() for key in config}
+    documented = {}
+    for keys, meaning, default in rows:
+        names = re.findall(r"`([^`]+)`", keys)
+        values = default.split(", ") if len(names) > 1 else [default]
+        documented |= dict(zip(names, values, strict=False))
+        assert {name.split("#")[0] for name in names} <= known, f"{names}: {meaning}"
+    assert len(documented) > 25
+    train, evaluate = configs["train"], configs["evaluate"]
+    for name in ("similarity", "dataset", "split"):
+        assert documented[name] == f"`{(train | evaluate)[name]}`"
+    for name in ("levels", "steps", "max_epochs", "epoch_length", "batch_size", "learning_rate", "val_interval"):
+        assert documented[name] == str(train[name]), name
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for part in value.values() for text in _strings(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in _strings(part)]
+    return [value] if isinstance(value, str) else []
