@@ -30,6 +30,7 @@ def _count(module: nn.Module) -> int:
         ((16, 32, 32, 32), (32, 32, 32, 32, 32, 16, 16), 301_411),
         ((16, 32, 64, 96), (128, 128, 96, 64, 32, 32, 32), 1_955_091),
         ((16, 32, 64, 128), (256, 256, 128, 64, 32, 32, 32), 4_747_859),
+        ((32, 64, 128, 256), (320, 320, 256, 128, 64, 64, 64), 11_347_747),
     ],
 )
 def test_parameters_of_the_published_sizes(encoder: Sequence[int], decoder: Sequence[int], count: int) -> None:

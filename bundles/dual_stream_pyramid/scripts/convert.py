@@ -1,0 +1,113 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The authors' checkpoints as ours.
+
+    python bundles/dual_stream_pyramid/scripts/convert.py SRC DST.pt --network NETWORK
+
+| NETWORK | of whom | ours |
+|---|---|---|
+| dual_stream | Unsupervised-DL-DIR-Revisited, the six ``fedd*`` configurations | ``pyramid.DualStreamPyramid`` |
+| vfa | yihao6/vfa | ``vfa_network.VFANetwork`` |
+| sitreg | honkamj/SITReg, LUMIR configurations | ``sitreg.SITReg`` |
+| transmorph | TransMorph_Transformer_for_Medical_Image_Registration, folder OASIS | ``transmorph.TransMorph`` |
+| voxelmorph | LUMIR_L2R, ``VxmDense_1`` and ``VxmDense_2`` | ``common.networks.VoxelMorph(integration_steps=0)`` |
+
+``DST.pt`` is a plain state dict. Whatever stands before the names, such as ``module.`` or the ``unet_model.`` of a
+wrapper, is taken off. Sampling grids, coordinate systems and index buffers are dropped: they tie a checkpoint to an
+image size. A name that is not known, and a weight that should be there and is not, are errors.
+Nothing but tensors and numbers is ever unpickled. Torch and numpy are all it needs.
+
+Two networks differ by more than names. TransMorph's last layer is halved: its authors enlarge a field at half
+resolution without doubling its values, and ours doubles them. ``c2``, which their network never reads, is dropped.
+
+The names are those of the authors' source; no checkpoint of theirs was at hand. Not seen at all: the wrapper in which
+Unsupervised-DL-DIR-Revisited trains VFA, whose names are taken to be VFA's own behind a prefix.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if __package__:
+    from .conversion import NETWORKS, check_network, to_published, to_warpzoo
+else:  # as a script: its folder is on the path, no package is
+    from conversion import NETWORKS, check_network, to_published, to_warpzoo  # type: ignore[no-redef]
+
+__all__ = ["NETWORKS", "convert", "read_checkpoint", "to_published", "to_warpzoo"]
+
+logger = logging.getLogger(__name__)
+
+_CONTAINERS = ("state_dict", "model_state_dict", "registration_network")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file, bare or under one of the names that the authors use.
+
+    Numpy scalars are allowed beside tensors (scores are stored as such); everything else that would run code is
+    refused.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is no torch checkpoint, holds other Python objects, or has no state dict.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    scalar = np.float64(0).__reduce__()[0]
+    allowed: list[Any] = [(scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype]
+    allowed += [type(np.dtype(kind)) for kind in ("float32", "float64", "int64")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} was not read: it is no torch checkpoint of tensors and numbers, and nothing else is unpickled "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if isinstance(content, Mapping):
+        state = next((content[key] for key in _CONTAINERS if key in content), content)
+        if isinstance(state, Mapping) and state and all(isinstance(v, Tensor) for v in state.values()):
+            return dict(state)
+    raise ValueError(f"{path} holds neither a state dict nor one under {' or '.join(map(repr, _CONTAINERS))}")
+
+
+def convert(source: str, destination: str, network: str, window: Sequence[int] | None = None) -> None:
+    """Convert a checkpoint file of the authors.
+
+    Args:
+        source: their file.
+        destination: where our state dict goes.
+        network: one of ``NETWORKS``.
+        window: TransMorph's attention window a,b,c, where it is neither (5, 6, 7) nor a cube.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``read_checkpoint`` and ``to_warpzoo``.
+    """
+    check_network(network)
+    state = to_warpzoo(read_checkpoint(source), network, window)
+    torch.save(state, destination)
+    logger.info(
+        "%s: %s, %d weights, %d numbers", destination, network, len(state), sum(map(Tensor.numel, state.values()))
+    )
+
+
+if __name__ == "__main__":
+    import fire
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    fire.Fire(convert)
