@@ -25,11 +25,14 @@ wrapper, is taken off. Sampling grids, coordinate systems and index buffers are 
 image size. A name that is not known, and a weight that should be there and is not, are errors.
 Nothing but tensors and numbers is ever unpickled. Torch and numpy are all it needs.
 
-Two networks differ by more than names. TransMorph's last layer is halved: its authors enlarge a field at half
-resolution without doubling its values, and ours doubles them. ``c2``, which their network never reads, is dropped.
+TransMorph differs by more than names: its last layer is halved, because its authors enlarge a field at half resolution
+without doubling the values and ours doubles them (see ``transmorph.py`` for what else its weights carry); its bias
+tables and patch mergings are laid out anew; ``c2``, which the authors' network never reads, is dropped.
 
-The names are those of the authors' source; no checkpoint of theirs was at hand. Not seen at all: the wrapper in which
-Unsupervised-DL-DIR-Revisited trains VFA, whose names are taken to be VFA's own behind a prefix.
+The names are those of the authors' source code, for the dual-stream family of a list of all its parameters; no
+checkpoint of theirs was at hand. SITReg's are those of its present code: files of its first release have others, and
+are refused. Not seen was the wrapper in which Unsupervised-DL-DIR-Revisited trains VFA: it is taken to keep VFA's own
+names behind a prefix.
 """
 
 from __future__ import annotations
