@@ -41,7 +41,9 @@ class RegistrationWriter:
     The network saw reoriented, padded, normalised images; the files written here are on the grid of the fixed file,
     and the moved scan is the moving file itself, interpolated once. A pair gets ``moved.nii.gz``, ``ddf.nii.gz`` (a
     displacement field that ITK, ANTs and Slicer apply), ``registration.png``, ``metrics.json`` and, when the pair
-    names one, ``moved_label.nii.gz``. Several pairs get a folder each, ``<moving_id>_to_<fixed_id>``.
+    names one, ``moved_label.nii.gz``. If the network also gives the inverse field, ``inverse_ddf.nii.gz`` and
+    ``inverse_moved.nii.gz``, the fixed scan brought back, lie on the grid of the moving file. Several pairs
+    get a folder each, ``<moving_id>_to_<fixed_id>``.
 
     Args:
         output_dir: folder, made and tried before the first pair.
@@ -94,6 +96,9 @@ class RegistrationWriter:
         folder.mkdir(parents=True, exist_ok=True)
         save_image(folder / "moved.nii.gz", moved[0, 0].cpu().numpy(), fixed.affine_3d)
         save_field(folder / "ddf.nii.gz", ddf, fixed.affine_3d, moving.affine_3d, fmt=self.field_format)
+        if "inverse_ddf" in output:
+            inverse = output["inverse_ddf"][item : item + 1]
+            _write_inverse(folder, inverse, old, (moving, fixed), self.field_format)
         # Before registration: where the network met the moving scan, which is the centres of both grids together.
         before = warp(image, start, padding="zeros")
         old_image, new_image = _to_one_scale(image, before, moved)
@@ -105,6 +110,26 @@ class RegistrationWriter:
         # JSON has no NaN: what could not be measured is null.
         metrics = {k: [None if v != v else v for v in values[item].tolist()] for k, values in output["metrics"].items()}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def _write_inverse(
+    folder: Path, seen: Tensor, affines: tuple[Tensor, Tensor], scans: tuple[Scan, Scan], field_format: str
+) -> None:
+    """Write the inverse field and the fixed scan that it moves on the moving scan's grid.
+
+    Args:
+        folder: where to.
+        seen: (1, d, *S), as the network gave it.
+        affines: of the fixed and of the moving image that the network saw.
+        scans: moving and fixed.
+        field_format: of the field.
+    """
+    (fixed_affine, moving_affine), (moving, fixed) = affines, scans
+    grids = torch.from_numpy(moving.affine), torch.from_numpy(fixed.affine)
+    field = field_on_grid(seen, moving_affine, fixed_affine, moving.array.shape, *grids)
+    back = warp(_image(fixed, seen.device), field, padding="zeros")
+    save_field(folder / "inverse_ddf.nii.gz", field, moving.affine_3d, fixed.affine_3d, fmt=field_format)
+    save_image(folder / "inverse_moved.nii.gz", back[0, 0].cpu().numpy(), moving.affine_3d)
 
 
 def _moved_labels(folder: Path, pair: Mapping[str, Any], ddf: Tensor, start: Tensor, fixed: Scan) -> dict[str, Tensor]:

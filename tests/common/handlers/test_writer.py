@@ -40,8 +40,10 @@ def pair(tmp_path: Path) -> dict[str, Any]:
     return {name: scan(tmp_path / f"{name}.nii.gz", array) for name, array in files.items()}
 
 
-def register(folder: Path, pair: dict[str, Any], *, shift: float = 1.0, **options: Any) -> list[int]:
-    """Write a shift along the first axis; returns how many batches were processed."""
+def register(
+    folder: Path, pair: dict[str, Any], *, shift: float = 1.0, inverse: bool = False, **options: Any
+) -> list[int]:
+    """Write a shift along the first axis (and its inverse); returns how many batches were processed."""
     processed: list[int] = []
 
     def step(engine: Engine, batch: Any) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def register(folder: Path, pair: dict[str, Any], *, shift: float = 1.0, **option
         ddf = torch.zeros(1, 3, *SHAPE)
         ddf[:, 0] = shift
         grids = {name: torch.eye(4, dtype=torch.float64)[None] for name in ("fixed_affine", "moving_affine")}
-        return {"moving_id": ["moving"], "fixed_id": ["fixed"], "ddf": ddf, "metrics": measured, **grids}
+        fields = {"ddf": ddf, "inverse_ddf": -ddf} if inverse else {"ddf": ddf}
+        return {"moving_id": ["moving"], "fixed_id": ["fixed"], "metrics": measured, **fields, **grids}
 
     engine = Engine(step)
     RegistrationWriter(folder, [pair], **options).attach(engine)
@@ -71,6 +74,25 @@ def test_files_hold_the_shifted_scan_and_label_and_the_field(pair: dict[str, Any
     ddf = load_field(tmp_path / "out/ddf.nii.gz", fmt="l2r")
     assert torch.allclose(ddf[0, 0], torch.ones(SHAPE)) and not ddf[0, 1:].any()
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == {"dice": [0.5, None]}
+
+
+def test_the_inverse_lies_on_the_moving_grid(pair: dict[str, Any], tmp_path: Path) -> None:
+    # The moving file has voxels of half the size along the last axis; the network saw both on one grid of 1 mm.
+    fine = np.repeat(load_image(pair["moving"]).array, 2, axis=2)[:, :, :-1]
+    nib.save(nib.Nifti1Image(fine, np.diag([1, 1, 0.5, 1.0])), pair["moving"])
+    register(tmp_path / "out", {k: v for k, v in pair.items() if k != "moving_label"}, inverse=True, field_format="l2r")
+    fixed, back = load_image(pair["fixed"]).array, load_image(tmp_path / "out/inverse_moved.nii.gz")
+    assert back.array.shape == fine.shape and np.allclose(back.spacing, (1, 1, 0.5))
+    assert np.allclose(back.array[1:, :, ::2], fixed[:-1], atol=1e-5) and not back.array[0].any()
+    field = load_field(tmp_path / "out/inverse_ddf.nii.gz", fmt="l2r")[0]
+    # From fine voxel k along the last axis to voxel k / 2 of the fixed grid.
+    expected = -np.arange(fine.shape[2]) / 2
+    assert torch.allclose(field[0], -torch.ones(fine.shape)) and np.allclose(field[2].numpy(), expected, atol=1e-5)
+
+
+def test_without_an_inverse_none_is_written(pair: dict[str, Any], tmp_path: Path) -> None:
+    register(tmp_path / "out", pair)
+    assert not list((tmp_path / "out").glob("inverse*"))
 
 
 def test_a_label_on_another_grid_is_refused(pair: dict[str, Any], tmp_path: Path) -> None:
