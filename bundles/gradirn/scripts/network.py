@@ -57,7 +57,8 @@ class GraDIRN(RegistrationNetwork):
         shared: the steps of a level share their step size and regulariser; False gives each step its own.
         images: what a regulariser sees besides the field: "explicit" the fixed and the moved image, "implicit" the
             fixed and the moving image, "none" neither.
-        step_size: step size before training; 5 / (1 + number of all steps) by default, 0.5 for nine.
+        step_size: step size before training. By default 5 / (1 + number of all steps) for "ssd", 0.5 for nine, and a
+            fifth of that for the correlations, whose gradients are larger by about the inverse of a variance.
         learn_step_size: learn the step sizes.
         use_similarity: descend the similarity's gradient; without it the network is its regularisers alone.
         use_regulariser: have regularisers; without them the network is plain gradient descent.
@@ -110,7 +111,9 @@ class GraDIRN(RegistrationNetwork):
                 energy,
                 Regulariser(spatial_dims, seen, channels, layers) if use_regulariser else None,
                 images=images,
-                step_size=5.0 / (1 + sum(self.counts)) if step_size is None else step_size,
+                step_size=(5.0 if similarity == "ssd" else 1.0) / (1 + sum(self.counts))
+                if step_size is None
+                else step_size,
                 learn_step_size=learn_step_size,
                 update=update,
             )

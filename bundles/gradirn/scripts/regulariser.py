@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.networks import convolution
+
+from .convolution import channels_last, convolve_leaky
 
 __all__ = ["Regulariser", "init_leaky"]
 
@@ -52,10 +53,10 @@ class Regulariser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, *S) to an update (B, d, *S), in the precision that autocast asks for."""
+        x = channels_last(x)
         for conv in self.hidden:
-            x = F.leaky_relu(conv(x), SLOPE, inplace=True)
-        update: Tensor = self.last(x)
-        return update
+            x = convolve_leaky(conv, x, SLOPE)
+        return convolve_leaky(self.last, x, 1.0).contiguous()
 
 
 def init_leaky(conv: nn.Module) -> nn.Module:
