@@ -237,7 +237,7 @@ class CompleteSlices(Transform):
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Return the item, with new label maps where there are any."""
         keys = ("moving_label", "fixed_label")
-        if not self.enabled or any(key not in item for key in keys):
+        if not self.enabled or not self.labels or any(key not in item for key in keys):
             return dict(item)
         maps = [item[key] for key in keys]
         there = [(labels == value).flatten(0, -2).any(0) for labels in maps for value in self.labels]

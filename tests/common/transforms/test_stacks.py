@@ -124,5 +124,5 @@ def test_only_slices_with_all_structures_in_both_phases_count() -> None:
     for key in item:
         assert kept[key].any(dim=0).any(dim=0).any(dim=0).tolist() == [False, False, True, False]
         assert torch.equal(kept[key][..., 2], item[key][..., 2])
-    assert CompleteSlices([1, 2], enabled=False)(item) == item
+    assert CompleteSlices([1, 2], enabled=False)(item) == item and CompleteSlices([])(item) == item
     assert CompleteSlices([1])({"moving": moving}) == {"moving": moving}
