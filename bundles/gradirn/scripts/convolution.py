@@ -60,5 +60,5 @@ def convolve_leaky(conv: nn.Conv2d | nn.Conv3d, x: Tensor, slope: float) -> Tens
 
 
 def _leaky(y: Tensor, slope: float) -> Tensor:
-    """In place: a convolution does not need its result again, and the leaky ReLU's derivative can be read off its own."""
+    """In place: a convolution's derivative does not need its result, nor a leaky ReLU's its input."""
     return y if slope == 1.0 else F.leaky_relu_(y, slope)
