@@ -13,14 +13,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from common.networks.base import Encoder
-from common.networks.blocks import ConvUnit, InstanceNorm, upsample_to
+from common.networks.blocks import ConvUnit, InstanceNorm
 from common.networks.convolution import convolution
 
 __all__ = ["VFAEncoder"]
+
+_SLOPE = 0.01
 
 
 def _double(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
@@ -68,14 +71,16 @@ class VFAEncoder(Encoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image (B, in_channels, *S) to maps at strides 1, 2, 4, ..."""
-        x = self.stem(self.normalize(x))
+        x = F.leaky_relu(self.stem(self.normalize(x)), _SLOPE)
         skips = []
         for i, block in enumerate(self.down):
             x = block(self.pool(x) if i else x)
             skips.append(x)
         features = [skips.pop()]
+        mode = "bilinear" if self.spatial_dims == 2 else "trilinear"
         for rise, block in zip(reversed(self.rise), reversed(self.up), strict=True):
             skip = skips.pop()
-            x = rise(upsample_to(features[0], skip.shape[2:]))
-            features.insert(0, block(torch.cat((x, skip), dim=1)))
+            # Corner on corner, as a level's field is enlarged by the network that these features were made for.
+            x = F.interpolate(features[0], size=skip.shape[2:], mode=mode, align_corners=True)
+            features.insert(0, block(torch.cat((rise(x), skip), dim=1)))
         return features

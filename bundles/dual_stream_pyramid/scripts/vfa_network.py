@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.networks import RegistrationNetwork, VFAEncoder, crop_to, split_pair
@@ -24,30 +23,6 @@ from common.spatial import compose, identity_grid, resample_field, warp
 from .composition import AttentionStep
 
 __all__ = ["VFANetwork"]
-
-_SLOPE = 0.01
-
-
-class _Encoder(VFAEncoder):
-    """``VFAEncoder`` with two steps as the authors take them.
-
-    A leaky ReLU follows the first convolution, and maps are enlarged with corner on corner.
-    """
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Image (B, in_channels, *S) to maps at strides 1, 2, 4, ..."""
-        x = F.leaky_relu(self.stem(self.normalize(x)), _SLOPE)
-        skips = []
-        for i, block in enumerate(self.down):
-            x = block(self.pool(x) if i else x)
-            skips.append(x)
-        features = [skips.pop()]
-        mode = "bilinear" if self.spatial_dims == 2 else "trilinear"
-        for rise, block in zip(reversed(self.rise), reversed(self.up), strict=True):
-            skip = skips.pop()
-            x = F.interpolate(features[0], size=skip.shape[2:], mode=mode, align_corners=True)
-            features.insert(0, block(torch.cat((rise(x), skip), dim=1)))
-        return features
 
 
 class VFANetwork(RegistrationNetwork):
@@ -85,7 +60,7 @@ class VFANetwork(RegistrationNetwork):
         initial_beta: float = 0.1,
     ) -> None:
         super().__init__(spatial_dims)
-        self.encoder = _Encoder(spatial_dims, in_channels, start_channels, max_channels, downsamples)
+        self.encoder = VFAEncoder(spatial_dims, in_channels, start_channels, max_channels, downsamples)
         self.steps = nn.ModuleList(
             AttentionStep(spatial_dims, c, min(max_channels, matching_channels * 2**level), radius=radius)
             for level, c in enumerate(self.encoder.feature_channels)

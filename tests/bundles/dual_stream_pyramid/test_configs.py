@@ -109,7 +109,8 @@ def test_no_step_before_run_touches_scripts_and_no_expression_is_long(repository
 
 def test_the_options_in_the_documentation_are_keys_with_these_defaults(repository: Path) -> None:
     text = (repository / "bundles/dual_stream_pyramid/docs/README.md").read_text()
-    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `")]
+    table = text.split("### Options")[1].split("\n\n")[1]
+    rows = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("| `")]
     train = config(repository, "train")
     known = {key for name in ("train", "evaluate", "random_images", "greedy") for key in config(repository, name)}
     checked = 0
