@@ -33,6 +33,7 @@ from common.networks.factory import ENCODER_PRESETS, build_encoder
 from common.networks.normalization import normalize_and_activate
 from common.networks.residual import ResidualBlock
 from common.networks.slicewise import SliceWise, for_stacks
+from common.networks.slabs import convolve_by_slabs, convolve_rows, is_large, residual_by_slabs
 from common.networks.swin import SwinEncoder
 from common.networks.transmorph_tvf import PyramidDecoder, TimeSteps, TransMorphTVF, TVFOutput
 from common.networks.vfa import VFAEncoder
@@ -66,15 +67,19 @@ __all__ = [
     "build_encoder",
     "convolution",
     "convolve",
+    "convolve_by_slabs",
+    "convolve_rows",
     "crop_to",
     "encode_pair",
     "for_stacks",
     "interpolate_bias_tables",
+    "is_large",
     "load_encoder_weights",
     "local_correlation",
     "normalize_and_activate",
     "pad_to_multiple",
     "paired_channels",
+    "residual_by_slabs",
     "split_pair",
     "to_image_grid",
     "upsample_to",

@@ -29,7 +29,14 @@ _MIN_CHANNELS = 8
 _TINY = 128
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 1) -> Tensor:
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | tuple[int, ...] = 1,
+) -> Tensor:
     """Convolution of (B, C, *S), with a way around what the CPU library does badly in three dimensions.
 
     One small volume runs as a batch of two, of which the second is dropped; maps of a few voxels are convolved in
@@ -40,7 +47,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: i
         weight: (out, C, *kernel).
         bias: (out,) or None.
         stride: of every axis.
-        padding: zeros at both ends of every axis.
+        padding: zeros at both ends of every axis, one number or one an axis.
     """
     if x.ndim == 4:
         return F.conv2d(x, weight, bias, stride, padding)

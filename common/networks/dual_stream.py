@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from common.networks.base import Encoder
 from common.networks.convolution import convolution
 from common.networks.residual import ResidualBlock, initialize
+from common.networks.slabs import is_large, residual_by_slabs
 
 __all__ = ["DualStreamEncoder"]
 
@@ -50,9 +51,17 @@ class DualStreamEncoder(Encoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image (B, in_channels, *S) to maps at strides 1, 2, 4, ..."""
-        x = self.projection(x)
-        features = []
-        for block in self.blocks:
-            x = block(x)
-            features.append(x)
+        features = [self._first(x)]
+        for block in self.blocks[1:]:
+            features.append(block(features[-1]))
         return features
+
+    def _first(self, x: Tensor) -> Tensor:
+        first: Tensor
+        if is_large(x, self.feature_channels[0]):
+            (first,) = residual_by_slabs(
+                self.blocks[0], lambda start, stop: self.projection(x[:, :, start:stop]), x.shape[2:]
+            )
+        else:
+            first = self.blocks[0](self.projection(x))
+        return first

@@ -33,6 +33,8 @@ __all__ = ["FixedPoint", "anderson", "invert_implicit"]
 _RIDGE = 1e-6
 # The least determinant that the implicit gradient divides by; that of a contraction is positive.
 _LEAST_DETERMINANT = 1e-6
+# Numbers in a field, from which on the items of a batch are inverted one after the other.
+_LARGE = 2**21
 
 
 class FixedPoint(NamedTuple):
@@ -147,7 +149,11 @@ def invert_implicit(
         active = field if len(items) == len(field) else field[items]
         return sample_forward(active, inverse, code).neg_()
 
-    found = anderson(right_hand_side, -field, tolerance=tolerance, max_iterations=max_iterations, memory=memory)
+    options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations, "memory": memory}
+    if len(field) > 1 and field[0].numel() > _LARGE:
+        found = _one_by_one(right_hand_side, field, options)
+    else:
+        found = anderson(right_hand_side, -field, **options)
     if not bool(found.converged.all()):
         warnings.warn(
             f"no inverse within {tolerance} voxels: residuals {found.residual.tolist()} "
@@ -157,6 +163,20 @@ def invert_implicit(
     if torch.is_grad_enabled() and displacement.requires_grad:
         return found._replace(value=_ImplicitInverse.apply(displacement, found.value, code))
     return found
+
+
+def _one_by_one(
+    right_hand_side: Callable[[Tensor, Tensor], Tensor], field: Tensor, options: dict[str, Any]
+) -> FixedPoint:
+    """The solution for every item of a batch in turn: one history of iterates at a time."""
+    found: list[FixedPoint] = []
+    for item in range(len(field)):
+
+        def of_item(x: Tensor, items: Tensor, item: int = item) -> Tensor:
+            return right_hand_side(x, items + item)
+
+        found.append(anderson(of_item, -field[item : item + 1], **options))
+    return FixedPoint(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 class _ImplicitInverse(torch.autograd.Function):

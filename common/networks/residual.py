@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.networks.blocks import InstanceNorm
 from common.networks.convolution import convolution
 from common.networks.normalization import normalize_and_activate
+from common.networks.slabs import is_large, residual_by_slabs
 
 __all__ = ["ResidualBlock", "initialize"]
 
@@ -45,6 +46,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, *S) to (B, out_channels, *S / stride)."""
+        if is_large(x, self.conv1.in_channels):
+            return residual_by_slabs(self, lambda first, last: x[:, :, first:last], x.shape[2:])[0]
         y = normalize_and_activate((self.conv1(x), self.norm1), slope=_SLOPE, overwrite=True)
         y = self.conv2(y)
         branches = (y, self.norm2), (self.skip(x), self.skip_norm)

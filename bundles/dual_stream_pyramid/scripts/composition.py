@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.networks import convolution, local_correlation, vector_field_attention
+from common.networks import convolution, convolve_by_slabs, is_large, local_correlation, vector_field_attention
 from common.spatial import compose, resample_field, warp
 
 from .heads import PredictionHead
@@ -27,20 +27,21 @@ from .heads import PredictionHead
 __all__ = ["MATCHES", "AttentionStep", "CompositionDecoder", "ConvolutionStep", "enlarge", "match_channels"]
 
 
-def _features(moving: Tensor, fixed: Tensor, radius: int) -> Tensor:
-    return torch.cat((moving, fixed), dim=1)
+def _features(moving: Tensor, fixed: Tensor, radius: int) -> tuple[Tensor, ...]:
+    return moving, fixed
 
 
-def _features_and_correlation(moving: Tensor, fixed: Tensor, radius: int) -> Tensor:
-    return torch.cat((moving, local_correlation(fixed, moving, radius), fixed), dim=1)
+def _features_and_correlation(moving: Tensor, fixed: Tensor, radius: int) -> tuple[Tensor, ...]:
+    return moving, local_correlation(fixed, moving, radius), fixed
 
 
-def _correlation(moving: Tensor, fixed: Tensor, radius: int) -> Tensor:
-    return local_correlation(fixed, moving, radius)
+def _correlation(moving: Tensor, fixed: Tensor, radius: int) -> tuple[Tensor, ...]:
+    return (local_correlation(fixed, moving, radius),)
 
 
-#: What a head sees of a level, by the name of the match: a function of moving and fixed features and the radius.
-MATCHES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+#: What a head sees of a level, by the name of the match: a function of moving and fixed features and the radius, to
+#: maps whose channels follow one another.
+MATCHES: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]] = {
     "mf": _features,
     "mfc": _features_and_correlation,
     "c": _correlation,
@@ -76,10 +77,18 @@ class ConvolutionStep(nn.Module):
         self.match, self.radius = match, radius
         self.head = PredictionHead(spatial_dims, match_channels(match, in_channels, radius, spatial_dims), channels)
 
+    def compare(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, ...]:
+        """What the head sees of the maps (B, C, *S)."""
+        return MATCHES[self.match](moving, fixed, self.radius)
+
+    def predict(self, *maps: Tensor) -> Tensor:
+        """What :meth:`compare` found to a step (B, d, *S) in voxels."""
+        step: Tensor = self.head(*maps)
+        return step
+
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """Maps (B, C, *S) to a step (B, d, *S) in voxels."""
-        step: Tensor = self.head(MATCHES[self.match](moving, fixed, self.radius))
-        return step
+        return self.predict(*self.compare(moving, fixed))
 
 
 class AttentionStep(nn.Module):
@@ -100,17 +109,36 @@ class AttentionStep(nn.Module):
         self.radius = radius
         self.projection = convolution(spatial_dims, in_channels, channels)
 
+    def compare(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, ...]:
+        """Queries and keys from the maps (B, C, *S)."""
+        pads = (self.radius,) * (2 * (moving.ndim - 2))
+        if not is_large(moving, moving.shape[1]):
+            return self.projection(fixed), self.projection(F.pad(moving, pads, mode="replicate"))
+
+        def wider(first: int, last: int) -> Tensor:
+            rows = torch.arange(first, last, device=moving.device).sub_(self.radius).clamp_(0, moving.shape[2] - 1)
+            widened = F.pad(moving.index_select(2, rows), (*pads[2:], 0, 0), mode="replicate")
+            return widened
+
+        size = moving.shape[2:]
+        keys = convolve_by_slabs(self.projection, wider, [n + 2 * self.radius for n in size])
+        return convolve_by_slabs(self.projection, lambda first, last: fixed[:, :, first:last], size), keys
+
+    def predict(self, query: Tensor, key: Tensor) -> Tensor:
+        """What :meth:`compare` found to a step (B, d, *S) in voxels."""
+        return vector_field_attention(query, key, self.radius)
+
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """Maps (B, C, *S) to a step (B, d, *S) in voxels."""
-        wider = F.pad(moving, (self.radius,) * (2 * (moving.ndim - 2)), mode="replicate")
-        return vector_field_attention(self.projection(fixed), self.projection(wider), self.radius)
+        return self.predict(*self.compare(moving, fixed))
 
 
 class CompositionDecoder(nn.Module):
     """From coarse to fine: move the moving features by the field so far, predict a step, compose.
 
     Args:
-        steps: one a level, fine to coarse; called with the moved and the fixed features.
+        steps: one a level, fine to coarse: ``compare`` is given the moved and the fixed features, and ``predict`` what
+            came of that.
     """
 
     def __init__(self, steps: Iterable[nn.Module]) -> None:
@@ -119,11 +147,12 @@ class CompositionDecoder(nn.Module):
 
     def forward(
         self,
-        moving_features: Sequence[Tensor],
-        fixed_features: Sequence[Tensor],
+        moving_features: list[Tensor],
+        fixed_features: list[Tensor],
         size: Sequence[int],
         *,
         pyramid: bool = False,
+        release: bool = False,
     ) -> dict[str, Any]:
         """Register a pair.
 
@@ -132,6 +161,7 @@ class CompositionDecoder(nn.Module):
             fixed_features: of the other image.
             size: of the image.
             pyramid: also return the fields as they stand after every level, coarse to fine.
+            release: empty the two lists on the way, so that the memory of a map is free after its level.
 
         Returns:
             "ddf" (B, d, *size), float32; if asked, "pyramid": a list of such fields, the last of which is the ddf.
@@ -143,13 +173,20 @@ class CompositionDecoder(nn.Module):
             raise ValueError(
                 f"{len(self.steps)} levels need as many maps, got {len(moving_features)} and {len(fixed_features)}"
             )
+        moving_left, fixed_left = (x if release else list(x) for x in (moving_features, fixed_features))
         stages: list[Tensor] = []
-        for step, moving, fixed in reversed(list(zip(self.steps, moving_features, fixed_features, strict=True))):
-            if stages:
-                so_far = enlarge(stages[-1], fixed.shape[2:])
-                stages.append(compose(so_far, step(warp(moving, so_far), fixed)))
-            else:
-                stages.append(step(moving, fixed))
+        for step in reversed(self.steps):
+            moving, fixed = moving_left.pop(), fixed_left.pop()
+            so_far = enlarge(stages[-1], fixed.shape[2:]) if stages else None
+            if so_far is not None:
+                moving = warp(moving, so_far)
+            maps = step.compare(moving, fixed)
+            del moving, fixed
+            ddf = step.predict(*maps)
+            del maps
+            if not pyramid:
+                stages.clear()
+            stages.append(ddf if so_far is None else compose(so_far, ddf))
         ddf = enlarge(stages[-1], size)
         if not pyramid:
             return {"ddf": ddf}

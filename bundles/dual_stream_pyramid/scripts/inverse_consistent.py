@@ -22,16 +22,21 @@ Source: Honkamaa and Marttinen, SITReg (2023), with the dual-stream pyramid's en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.networks import InstanceNorm, both_ways, convolve, local_correlation
+from common.networks import (
+    both_ways,
+    convolve,
+    is_large,
+    local_correlation,
+    normalize_and_activate,
+    residual_by_slabs,
+)
 from common.networks.fixed_point import invert_implicit
 from common.spatial import bspline_displacement, compose, contraction_bound, warp
 
@@ -40,9 +45,6 @@ from .heads import PredictionHead
 __all__ = ["Halves", "InverseConsistentDecoder", "SymmetricHead", "at_feature_centres"]
 
 _SLOPE = 0.2  # of the leaky ReLUs in a residual block
-_EPSILON = 1e-5  # of F.instance_norm
-_LARGE = 2**20  # features, from which on a head works on one side after the other where no gradient is wanted
-_SLAB = 2**24  # features that it then convolves at once
 _INPUTS = ("mf", "c")
 
 
@@ -95,36 +97,19 @@ class SymmetricHead(PredictionHead):
             total: a + b, (B, in_channels / 2, *S).
             difference: a - b, of the same shape.
         """
-        if total.numel() >= _LARGE and not torch.is_grad_enabled():
-            return self._one_by_one(total, difference)
-        block = self.block
-        y = F.leaky_relu_(block.norm1(torch.cat(_both_sides(block.conv1, total, difference))), _SLOPE)
-        y = block.norm2(block.conv2(y))
-        # The skip is as little work as it is much memory: it is computed a second time in the backward pass.
-        if torch.is_grad_enabled():
-            y = y.add_(checkpoint(self._skip, total, difference, use_reentrant=False, preserve_rng_state=False))
-        else:
-            y.add_(self._skip(total, difference))
-        motion: Tensor = self.flow(F.leaky_relu_(y, _SLOPE))
-        return motion
+        block, shape = self.block, total.shape[2:]
+        if is_large(total, block.conv1.out_channels):
 
-    def _skip(self, total: Tensor, difference: Tensor) -> Tensor:
-        skip: Tensor = self.block.skip_norm(torch.cat(_both_sides(self.block.skip, total, difference)))
-        return skip
+            def read(first: int, last: int) -> Tensor:
+                return torch.cat((total[:, :, first:last], difference[:, :, first:last]), dim=1)
 
-    def _one_by_one(self, total: Tensor, difference: Tensor) -> Tensor:
-        """:meth:`both` without gradients: one side after the other, in place, convolutions by slabs."""
-        block, motions = self.block, []
-        sides = _by_slabs(partial(_both_sides, block.conv1), total, difference)
-        for sign in (-1, 1):
-            y = F.leaky_relu_(_normalize_(sides.pop(), block.norm1), _SLOPE)
-            (y,) = _by_slabs(lambda part: [block.conv2(part)], y)
-            y = _normalize_(y, block.norm2)
-            (skip,) = _by_slabs(partial(_one_side, block.skip, sign), total, difference)
-            y = F.leaky_relu_(y.add_(_normalize_(skip, block.skip_norm)), _SLOPE)
-            del skip
-            motions += _by_slabs(lambda part: [self.flow(part)], y)
-        return torch.cat(motions[::-1])
+            sides = residual_by_slabs(block, read, shape, _both_sides_of_rows)
+            return torch.cat([self.flow_of(side) for side in sides])
+        y = torch.cat(_both_sides(block.conv1, total, difference))
+        y = block.conv2(normalize_and_activate((y, block.norm1), slope=_SLOPE, overwrite=True))
+        skip = torch.cat(_both_sides(block.skip, total, difference))
+        branches = (y, block.norm2), (skip, block.skip_norm)
+        return self.flow_of(normalize_and_activate(*branches, slope=_SLOPE, overwrite=True))
 
 
 class InverseConsistentDecoder(nn.Module):
@@ -179,11 +164,12 @@ class InverseConsistentDecoder(nn.Module):
 
     def forward(
         self,
-        moving_features: Sequence[Tensor],
-        fixed_features: Sequence[Tensor],
+        moving_features: list[Tensor],
+        fixed_features: list[Tensor],
         size: Sequence[int],
         *,
         pyramid: bool = False,
+        release: bool = False,
     ) -> dict[str, Any]:
         """Register a pair.
 
@@ -192,6 +178,7 @@ class InverseConsistentDecoder(nn.Module):
             fixed_features: of the other image.
             size: of the image.
             pyramid: also return the fields as they stand after every level, coarse to fine.
+            release: empty the two lists on the way, so that the memory of a map is free after its level.
 
         Returns:
             "ddf" and "inverse_ddf" (B, d, *size), float32; "inversion_iterations" and "inversion_residual"
@@ -204,16 +191,18 @@ class InverseConsistentDecoder(nn.Module):
             UserWarning: when an inversion did not converge.
         """
         self._check(moving_features, fixed_features, size)
+        moving_left, fixed_left = (x if release else list(x) for x in (moving_features, fixed_features))
         halves: Halves | None = None
         stages, iterations, residuals = [], [], []
         for level in reversed(range(len(self.strides))):
-            a, b = moving_features[level], fixed_features[level]
-            points = self._control_points(level, a, b, halves)
+            # The maps are handed on without a name of their own here, so that the callee may let go of them.
+            points = self._control_points(level, moving_left.pop(), fixed_left.pop(), halves)
             displacement = bspline_displacement(points, self.strides[level], size)
             found = invert_implicit(displacement, self.tolerance, max_iterations=self.max_iterations)
             iterations.append(torch.stack(found.iterations.chunk(2), dim=1))
             residuals.append(torch.stack(found.residual.chunk(2), dim=1))
             halves = _advance(halves, displacement, found.value)
+            del points, displacement, found
             if pyramid or level == 0:
                 stages.append(halves.whole())
         ddfs, inverses = [list(fields) for fields in zip(*stages, strict=True)]
@@ -227,18 +216,21 @@ class InverseConsistentDecoder(nn.Module):
 
     def _control_points(self, level: int, a: Tensor, b: Tensor, halves: Halves | None) -> Tensor:
         """Bounded control points of A and B, one after the other, (2B, d, *s) in voxels of the level."""
+        maps = [b, a]
+        del a, b
         if halves is not None:
-            stride, shape = self.strides[level], a.shape[2:]
-            a = warp(a, at_feature_centres(halves.left, stride, shape) / stride)
-            b = warp(b, at_feature_centres(halves.right, stride, shape) / stride)
-        return self.bounds[level] * torch.tanh(self._motion(level, a, b))
+            stride, shape = self.strides[level], maps[0].shape[2:]
+            for index, half in enumerate((halves.right, halves.left)):
+                maps[index] = warp(maps[index], at_feature_centres(half, stride, shape) / stride)
+        return self.bounds[level] * torch.tanh(self._motion(level, maps.pop(), maps.pop()))
 
     def _motion(self, level: int, a: Tensor, b: Tensor) -> Tensor:
         """What the head of a level says of the maps a and b, seen from either side, (2B, d, *s)."""
         if self.inputs == "c":
             a = local_correlation(a, b)
             b = both_ways(a)
-        head, total, difference = self.heads[level], a + b, a - b
+        head, total = self.heads[level], a + b
+        difference = a - b
         del a, b
         if self.checkpoint_heads and torch.is_grad_enabled():
             motion: Tensor = checkpoint(head.both, total, difference, use_reentrant=False)
@@ -286,50 +278,19 @@ def _advance(halves: Halves | None, displacement: Tensor, inverse: Tensor) -> Ha
 
 def _both_sides(layer: nn.Module, total: Tensor, difference: Tensor) -> list[Tensor]:
     """A convolution of cat(a, b) and of cat(b, a), from a + b and a - b."""
-    even, odd = _even_and_odd(layer, total, difference)
-    return [even + odd, even.sub_(odd)]
-
-
-def _one_side(layer: nn.Module, sign: int, total: Tensor, difference: Tensor) -> list[Tensor]:
-    even, odd = _even_and_odd(layer, total, difference)
-    return [even.add_(odd, alpha=sign)]
-
-
-def _even_and_odd(layer: nn.Module, total: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
-    front, back = layer.weight.chunk(2, dim=1)
     padding = layer.weight.shape[-1] // 2
+    return _sum_and_difference(layer, total, difference, (padding,) * (total.ndim - 2))
+
+
+def _both_sides_of_rows(layer: nn.Module, rows: Tensor) -> list[Tensor]:
+    """The same, from rows of cat(a + b, a - b) that bring their neighbours along."""
+    reach = layer.weight.shape[-1] // 2
+    total, difference = (rows if reach else rows[:, :, 1:-1]).chunk(2, dim=1)
+    return _sum_and_difference(layer, total, difference, (0,) + (reach,) * (rows.ndim - 3))
+
+
+def _sum_and_difference(layer: nn.Module, total: Tensor, difference: Tensor, padding: tuple[int, ...]) -> list[Tensor]:
+    front, back = layer.weight.chunk(2, dim=1)
     even = convolve(total, (front + back) / 2, layer.bias, padding=padding)
-    return even, convolve(difference, (front - back) / 2, padding=padding)
-
-
-def _by_slabs(function: Callable[..., list[Tensor]], *maps: Tensor) -> list[Tensor]:
-    """A function whose voxels depend on their direct neighbours only, applied to slabs of the first axis.
-
-    Convolutions on a CPU lay their input and output out anew; by slabs these copies stay small.
-
-    Args:
-        function: of maps (B, ?, *S), to maps (B, ?, *S).
-        maps: (B, C, *S).
-    """
-    count = maps[0].shape[2]
-    rows = max(1, _SLAB // maps[0][:, :, :1].numel())
-    if rows >= count:
-        return function(*maps)
-    results: list[Tensor] = []
-    for start in range(0, count, rows):
-        stop = min(start + rows, count)
-        first, last = max(start - 1, 0), min(stop + 1, count)
-        parts = function(*(x[:, :, first:last] for x in maps))
-        results = results or [part.new_empty((*part.shape[:2], *maps[0].shape[2:])) for part in parts]
-        for result, part in zip(results, parts, strict=True):
-            result[:, :, start:stop] = part[:, :, start - first : stop - first]
-    return results
-
-
-def _normalize_(x: Tensor, norm: InstanceNorm) -> Tensor:
-    """An affine instance norm in place."""
-    shape = (*x.shape[:2], *(1,) * (x.ndim - 2))
-    variance, mean = torch.var_mean(x.flatten(2).float(), dim=2, correction=0)
-    assert norm.weight is not None and norm.bias is not None
-    scale = norm.weight * (variance + _EPSILON).rsqrt()
-    return x.sub_(mean.view(shape)).mul_(scale.view(shape)).add_(norm.bias.view(1, *shape[1:]))
+    odd = convolve(difference, (front - back) / 2, padding=padding)
+    return [even + odd, even.sub_(odd)]

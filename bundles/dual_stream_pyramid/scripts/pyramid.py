@@ -109,8 +109,8 @@ class DualStreamPyramid(RegistrationNetwork):
     def fields(self, image: Tensor) -> dict[str, Any]:
         """Fields of the pair ``image`` (B, 2C, *S); see the class."""
         padded, size = self.padded(image, max(self.encoder.strides)), image.shape[2:]
-        moving, fixed = self._encode(padded)
-        found = self.decoder(moving, fixed, padded.shape[2:], pyramid=self.pyramid)
+        # The lists are the decoder's, which lets go of a level's maps as soon as it may.
+        found = self.decoder(*self._encode(padded), padded.shape[2:], pyramid=self.pyramid, release=True)
         for name in ("ddf", "inverse_ddf"):
             if name in found:
                 found[name] = crop_to(found[name], size)
@@ -123,7 +123,7 @@ class DualStreamPyramid(RegistrationNetwork):
         """Features of moving and fixed image, fine to coarse."""
         pair = split_pair(image, self.spatial_dims)
         if not torch.is_grad_enabled() and image[:, 0].numel() > _LARGE:
-            moving, fixed = (self.encoder(one) for one in pair)
+            moving, fixed = (list(self.encoder(one)) for one in pair)
             return moving, fixed
         levels = [level.chunk(2) for level in self.encoder(torch.cat(pair))]
         return [moving for moving, _ in levels], [fixed for _, fixed in levels]

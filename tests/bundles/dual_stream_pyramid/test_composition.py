@@ -26,7 +26,7 @@ from bundles.dual_stream_pyramid.scripts.composition import (
     enlarge,
     match_channels,
 )
-from common.networks import local_correlation
+from common.networks import FlowHead, local_correlation, slabs
 from common.spatial import compose, warp
 
 
@@ -37,7 +37,10 @@ class _Constant(nn.Module):
         super().__init__()
         self.step = torch.tensor(step)
 
-    def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
+    def compare(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        return moving, fixed
+
+    def predict(self, moving: Tensor, fixed: Tensor) -> Tensor:
         self.moving = moving
         shape = (1, -1) + (1,) * (fixed.ndim - 2)
         return self.step.view(shape).expand(len(fixed), -1, *fixed.shape[2:])
@@ -67,13 +70,16 @@ def test_a_step_sees_the_features_moved_by_the_field_so_far() -> None:
 
 def test_the_new_step_comes_first_and_the_old_field_is_looked_up_where_it_leads() -> None:
     class _Wave(nn.Module):
-        def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
+        def compare(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, ...]:
+            return (fixed,)
+
+        def predict(self, fixed: Tensor) -> Tensor:
             size = fixed.shape[2:]
             return torch.sin(torch.arange(2.0 * size.numel())).view(1, 2, *size)
 
     features = _features((6, 8), (3, 4))
     found = CompositionDecoder([_Wave(), _Wave()])(features, features, (6, 8), pyramid=True)
-    step = _Wave()(features[0], features[0])
+    step = _Wave().predict(features[0])
     torch.testing.assert_close(found["ddf"], compose(found["pyramid"][0], step))
 
 
@@ -98,7 +104,7 @@ def test_what_a_head_sees(match: str, size: tuple[int, ...], radius: int) -> Non
         "c": [local_correlation(fixed, moving, radius)],
         "mfc": [moving, local_correlation(fixed, moving, radius), fixed],
     }[match]
-    seen = MATCHES[match](moving, fixed, radius)
+    seen = torch.cat(MATCHES[match](moving, fixed, radius), dim=1)
     torch.testing.assert_close(seen, torch.cat(expected, dim=1))
     assert seen.shape[1] == match_channels(match, 3, radius, len(size))
 
@@ -113,6 +119,26 @@ def test_attention_points_at_where_the_content_is() -> None:
     inside = step(moving, fixed)[..., 2:-2, 2:-2]
     torch.testing.assert_close(inside, shift[..., 2:-2, 2:-2], atol=0.1, rtol=0)
     assert step(moving, fixed).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(9, 12), (7, 5, 6)])
+@pytest.mark.parametrize("step", [*sorted(MATCHES), "attention"])
+def test_by_slabs_it_is_the_same(size: tuple[int, ...], step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dims, channels = len(size), (3, 5)
+    made = [
+        AttentionStep(dims, c, c) if step == "attention" else ConvolutionStep(dims, c, 8, match=step) for c in channels
+    ]
+    for head in (module for one in made for module in one.modules() if isinstance(module, FlowHead)):
+        nn.init.normal_(head.conv.weight, std=0.02)
+    decoder = CompositionDecoder(made)
+    moving, fixed = ([torch.randn(2, c, *(-(-n // 2**k) for n in size)) for k, c in enumerate(channels)] for _ in "mf")
+    with torch.no_grad():
+        whole = decoder(moving, fixed, size)["ddf"]
+        assert len(moving) == len(fixed) == 2
+        monkeypatch.setattr(slabs, "_CPU_SLAB", 60)  # of one row
+        by_slabs = decoder(moving, fixed, size, release=True)["ddf"]
+    torch.testing.assert_close(by_slabs, whole, rtol=0, atol=1e-5)
+    assert moving == fixed == []
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bundles.dual_stream_pyramid.scripts.inverse_consistent import InverseConsistentDecoder, at_feature_centres
-from common.networks import DualStreamEncoder
+from common.networks import DualStreamEncoder, fixed_point, slabs
 from common.spatial import compose, digital_jacobian_determinants, warp
 
 SMALL: dict[str, Any] = {"feature_channels": (4, 6, 8), "head_channels": (6, 8, 10)}
@@ -155,10 +155,20 @@ def test_one_side_at_a_time_is_both_at_once(inputs: str, monkeypatch: pytest.Mon
     moving, fixed = pyramid((9, 12), 2), pyramid((9, 12), 2)
     with torch.no_grad():
         together = decoder(moving, fixed, (9, 12))["ddf"]
-        for limit, value in (("_LARGE", 0), ("_SLAB", 2 * 4 * 12 * 3)):  # slabs of three rows and more
-            monkeypatch.setattr(f"bundles.dual_stream_pyramid.scripts.inverse_consistent.{limit}", value)
-        one_by_one = decoder(moving, fixed, (9, 12))["ddf"]
-    torch.testing.assert_close(one_by_one, together, rtol=0, atol=1e-5)
+        monkeypatch.setattr(slabs, "_CPU_SLAB", 2 * 10 * 12 * 3)  # of a few rows
+        monkeypatch.setattr(fixed_point, "_LARGE", 0)
+        one_by_one, swapped = decoder(moving, fixed, (9, 12)), decoder(fixed, moving, (9, 12))
+    torch.testing.assert_close(one_by_one["ddf"], together, rtol=0, atol=1e-5)
+    assert torch.equal(one_by_one["ddf"], swapped["inverse_ddf"])
+
+
+def test_the_lists_of_features_are_emptied_if_so_asked_only() -> None:
+    decoder, moving, fixed = InverseConsistentDecoder(2, **SMALL), pyramid((8, 8)), pyramid((8, 8))
+    with torch.no_grad():
+        kept = decoder(moving, fixed, (8, 8))["ddf"]
+        assert len(moving) == len(fixed) == 3
+        torch.testing.assert_close(decoder(moving, fixed, (8, 8), release=True)["ddf"], kept)
+    assert moving == fixed == []
 
 
 @pytest.mark.parametrize("inputs", ["mf", "c"])
