@@ -10,7 +10,7 @@
 # limitations under the License.
 """``make bench``: every measurement as one table, and as JSON for whoever wants to plot it.
 
-``python -m benchmarks [--output runs/benchmarks.json] [--only spatial losses transforms] [--size 96]``
+``python -m benchmarks [--output runs/benchmarks.json] [--only spatial losses transforms dual_stream] [--size 96]``
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from benchmarks.measure import format_table
 
-AREAS = ("spatial", "losses", "transforms")
+AREAS = ("spatial", "losses", "transforms", "dual_stream")
+_SIZED = ("spatial", "losses")
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     results: dict[str, Any] = {"environment": environment()}
     for area in tqdm(options.only, desc="measuring"):
         module = importlib.import_module(f"benchmarks.{area}")
-        results[area] = module.measure() if area == "transforms" else module.measure(options.size)
+        results[area] = module.measure(options.size) if area in _SIZED else module.measure()
         tqdm.write(f"\n{area}\n{format_table(results[area])}\n", file=sys.stdout)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=2) + "\n")
