@@ -32,8 +32,8 @@ from common.networks.dual_stream import DualStreamEncoder
 from common.networks.factory import ENCODER_PRESETS, build_encoder
 from common.networks.normalization import normalize_and_activate
 from common.networks.residual import ResidualBlock
-from common.networks.slicewise import SliceWise, for_stacks
 from common.networks.slabs import convolve_by_slabs, convolve_rows, is_large, residual_by_slabs
+from common.networks.slicewise import SliceWise, for_stacks
 from common.networks.swin import SwinEncoder
 from common.networks.transmorph_tvf import PyramidDecoder, TimeSteps, TransMorphTVF, TVFOutput
 from common.networks.vfa import VFAEncoder
