@@ -114,6 +114,7 @@ def test_overlays_change_only_what_the_config_has(repository: Path) -> None:
 
 def test_the_options_in_the_documentation_are_keys_with_these_defaults(repository: Path) -> None:
     text = (repository / "bundles/gradirn/docs/README.md").read_text()
+    text = text.split("### Options")[1].split("\n#")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| `")]
     configs = {name: read(repository, name) for name in ("train", "evaluate", "inference")}
     known = {key for config in configs.values() for key in config}
