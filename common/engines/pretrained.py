@@ -20,7 +20,7 @@ from common.networks import Encoder, load_encoder_weights
 __all__ = ["load_pretrained_encoder"]
 
 
-def load_pretrained_encoder(encoder: Encoder, path: str | Path) -> Encoder:
+def load_pretrained_encoder(encoder: Encoder | None, path: str | Path) -> Encoder:
     """Start an encoder from the weights that pretraining left; decoder and heads stay as initialised.
 
     Args:
@@ -32,8 +32,10 @@ def load_pretrained_encoder(encoder: Encoder, path: str | Path) -> Encoder:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the weights are of another encoder; names the first that differs.
+        ValueError: when the weights are of another encoder (names the first that differs), or the network has none.
     """
+    if encoder is None:
+        raise ValueError(f"this network has no encoder that {path} could start; leave `pretrained` out")
     content = load_checkpoint(path)
     weights = content["model"] if isinstance(content.get("model"), dict) else content
     try:

@@ -145,6 +145,13 @@ def test_the_encoder_starts_from_what_ssl_pretrain_leaves(repository: Path, cach
     assert shared and all((before[name] - after[name]).abs().max() < 1e-3 for name in shared)
 
 
+@pytest.mark.parametrize("baseline", ["voxelmorph", "vfa"])
+def test_a_baseline_trains_by_the_same_command(repository: Path, baseline: str, cache: Path, tmp_path: Path) -> None:
+    options = {"dataset_dir": cache, "spatial_size": [16, 18, 20], "max_epochs": 1, "epoch_length": 1}
+    succeed(run(repository, "train", baseline, output_dir=tmp_path, val_interval=1, **options))
+    assert weights(tmp_path / "model.pt")
+
+
 def test_two_processes_train_together(repository: Path, cache: Path, tmp_path: Path) -> None:
     options = {"dataset_dir": cache, "spatial_size": [24, 24, 24], "decoder": "conv_c", **SHORT}
     succeed(run(repository, "train", "multi_gpu_train", torchrun=True, output_dir=tmp_path, **options))

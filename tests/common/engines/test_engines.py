@@ -30,6 +30,7 @@ from common.engines import (
     RegistrationEvaluator,
     RegistrationTrainer,
     distribute,
+    load_pretrained_encoder,
     prepare_pair,
     seed_everything,
 )
@@ -282,3 +283,8 @@ def test_the_evaluator_times_the_network_alone() -> None:
     evaluator.run()
     assert evaluator.state.output["metrics"]["seconds"].shape == (2, 1)
     assert 0.03 <= evaluator.state.metrics["seconds"] < 0.2
+
+
+def test_a_network_without_an_encoder_cannot_start_one() -> None:
+    with pytest.raises(ValueError, match="no encoder that start.pt could start"):
+        load_pretrained_encoder(None, "start.pt")
