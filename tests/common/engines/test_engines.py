@@ -286,5 +286,5 @@ def test_the_evaluator_times_the_network_alone() -> None:
 
 
 def test_a_network_without_an_encoder_cannot_start_one() -> None:
-    with pytest.raises(ValueError, match="no encoder that start.pt could start"):
+    with pytest.raises(ValueError, match=r"no encoder that start\.pt could start"):
         load_pretrained_encoder(None, "start.pt")
