@@ -10,7 +10,7 @@
 # limitations under the License.
 """``make bench``: every measurement as one table, and as JSON for whoever wants to plot it.
 
-``python -m benchmarks [--output runs/benchmarks.json] [--only spatial losses transforms dual_stream] [--size 96]``
+``python -m benchmarks [--output runs/benchmarks.json] [--only spatial losses transforms dual_stream gradirn] [--size 96]``
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import format_table
 
-AREAS = ("spatial", "losses", "transforms", "dual_stream")
+AREAS = ("spatial", "losses", "transforms", "dual_stream", "gradirn")
 _SIZED = ("spatial", "losses")
 
 
