@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -107,9 +108,17 @@ class SymmetricHead(PredictionHead):
             return torch.cat([self.flow_of(side) for side in sides])
         y = torch.cat(_both_sides(block.conv1, total, difference))
         y = block.conv2(normalize_and_activate((y, block.norm1), slope=_SLOPE, overwrite=True))
+        if torch.is_grad_enabled():
+            # The skip is as little work as it is much memory: it is computed a second time in the backward pass.
+            skip = checkpoint(self._skip, total, difference, use_reentrant=False, preserve_rng_state=False)
+            return self.flow_of(F.leaky_relu_(block.norm2(y).add_(skip), _SLOPE))
         skip = torch.cat(_both_sides(block.skip, total, difference))
         branches = (y, block.norm2), (skip, block.skip_norm)
         return self.flow_of(normalize_and_activate(*branches, slope=_SLOPE, overwrite=True))
+
+    def _skip(self, total: Tensor, difference: Tensor) -> Tensor:
+        skip: Tensor = self.block.skip_norm(torch.cat(_both_sides(self.block.skip, total, difference)))
+        return skip
 
 
 class InverseConsistentDecoder(nn.Module):
