@@ -10,7 +10,8 @@
 # limitations under the License.
 """``make bench``: every measurement as one table, and as JSON for whoever wants to plot it.
 
-``python -m benchmarks [--output runs/benchmarks.json] [--only spatial losses transforms dual_stream gradirn] [--size 96]``
+``python -m benchmarks [--output runs/benchmarks.json] [--size 96]
+[--only spatial losses transforms dual_stream gradirn]``
 """
 
 from __future__ import annotations
