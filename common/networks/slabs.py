@@ -97,7 +97,7 @@ def residual_by_slabs(
     def begin(rows: Tensor) -> list[Tensor]:
         parts, others = apply(block.conv1, rows), apply(block.skip, rows)
         for statistics, norm, found in ((norms, block.norm1, parts), (skips, block.skip_norm, others)):
-            statistics += [_Statistics(norm) for _ in found[len(statistics) :]]
+            statistics += [_Statistics(norm, part) for part in found[len(statistics) :]]
             for one, part in zip(statistics, found, strict=True):
                 one.add(part)
         return parts
@@ -115,34 +115,34 @@ def residual_by_slabs(
 
 
 class _Statistics:
-    """The statistics of an instance norm, collected from parts of a map."""
+    """The statistics of an instance norm, brought up to date with every part of a map.
 
-    def __init__(self, norm: InstanceNorm) -> None:
-        self.norm = norm
-        self.counts: list[int] = []
-        self.means: list[Tensor] = []
-        self.variances: list[Tensor] = []
+    Nothing is kept of a part: a small tensor left behind in the memory of a slab would keep the next one from using it.
+    """
+
+    def __init__(self, norm: InstanceNorm, like: Tensor) -> None:
+        self.norm, self.count = norm, 0
+        self.shape = (*like.shape[:2], *(1,) * (like.ndim - 2))
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.mean = torch.zeros(like.shape[:2].numel(), dtype=torch.float64, device=like.device)
+        self.variance = torch.zeros_like(self.mean)
 
     def add(self, part: Tensor) -> None:
         """Count rows (B, C, n, ...) in."""
-        self.shape = (*part.shape[:2], *(1,) * (part.ndim - 2))
-        self.dtype = torch.promote_types(part.dtype, torch.float32)
         # Every channel of every item as a channel of one item: what batch normalisation then does is instance-wise.
         one_item = part.to(self.dtype).reshape(1, -1, *part.shape[2:])
         mean, variance = torch.batch_norm_update_stats(one_item, None, None, 0.0)
-        self.counts.append(part.shape[2])
-        self.means.append(mean)
-        self.variances.append(variance)
+        self.count += part.shape[2]
+        share = part.shape[2] / self.count
+        difference = mean.double().sub_(self.mean)
+        self.mean.add_(difference, alpha=share)
+        self.variance.lerp_(variance.double(), share).addcmul_(difference, difference, value=share * (1 - share))
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Factor and summand that normalise the map, (B, C, 1, ...) each."""
-        means, variances = torch.stack(self.means).double(), torch.stack(self.variances).double()
-        share = torch.tensor(self.counts, dtype=torch.float64, device=means.device).unsqueeze(1) / sum(self.counts)
-        mean = (share * means).sum(0)
-        variance = (share * (variances + (means - mean).square())).sum(0)
         assert self.norm.weight is not None and self.norm.bias is not None
-        scale = self.norm.weight.repeat(self.shape[0]) * (variance + _EPSILON).rsqrt()
-        shift = self.norm.bias.repeat(self.shape[0]) - mean * scale
+        scale = self.norm.weight.repeat(self.shape[0]) * (self.variance + _EPSILON).rsqrt()
+        shift = self.norm.bias.repeat(self.shape[0]) - self.mean * scale
         return scale.to(self.dtype).view(self.shape), shift.to(self.dtype).view(self.shape)
 
 
@@ -192,7 +192,7 @@ def _apply(layer: nn.Module, rows: Tensor) -> list[Tensor]:
 
 def _convolve_in_place(block: ResidualBlock, x: Tensor, norm: _Statistics) -> _Statistics:
     """Normalise x, activate, convolve; returns the statistics of the result, which x then holds."""
-    (scale, shift), statistics, count = norm.scale_and_shift(), _Statistics(block.norm2), x.shape[2]
+    (scale, shift), statistics, count = norm.scale_and_shift(), _Statistics(block.norm2, x), x.shape[2]
     slabs = list(_slabs(count, x[:, :, :1].numel(), x.device))
     # A row before the slab, as it was before it was overwritten, and one behind.
     rows = x.new_zeros((*x.shape[:2], slabs[0][1] + 2, *x.shape[3:]))

@@ -239,7 +239,8 @@ class InverseConsistentDecoder(nn.Module):
             a = local_correlation(a, b)
             b = both_ways(a)
         head, total = self.heads[level], a + b
-        difference = a - b
+        # Correlations are this function's own, so they may be overwritten.
+        difference = a.sub_(b) if self.inputs == "c" and not torch.is_grad_enabled() else a - b
         del a, b
         if self.checkpoint_heads and torch.is_grad_enabled():
             motion: Tensor = checkpoint(head.both, total, difference, use_reentrant=False)
