@@ -23,6 +23,9 @@ __all__ = ["__version__", "bundle_root", "data_splits_root"]
 def bundle_root(name: str) -> str:
     """Find a bundle's folder, in a checkout (``bundles/<name>``) and in a shipped zip (``common/`` inside the bundle).
 
+    Its absolute path joins ``sys.path``. MONAI puts it there as it was typed, and a relative one is lost when ITK
+    changes the current directory, as it does while it loads, before the bundle's scripts are asked for.
+
     Args:
         name: the bundle, such as ``ssl_pretrain``.
 
@@ -38,6 +41,8 @@ def bundle_root(name: str) -> str:
     candidates += [Path(entry).resolve() for entry in sys.path if Path(entry).name == name]
     for candidate in candidates:
         if (candidate / "configs").is_dir() and (candidate / "scripts").is_dir():
+            if str(candidate) not in sys.path:
+                sys.path.insert(1, str(candidate))
             return str(candidate)
     raise FileNotFoundError(f"no bundle '{name}': looked for configs/ and scripts/ in {[str(c) for c in candidates]}")
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from pathlib import Path
 import pytest
 
 import common
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_a_bundle_is_found_in_the_checkout(repository: Path) -> None:
@@ -41,6 +44,31 @@ def test_a_shipped_bundle_finds_itself(repository: Path, tmp_path: Path) -> None
     code = "import common; print(common.bundle_root('ssl_pretrain'))"
     found = subprocess.run([sys.executable, "-c", code], cwd=bundle, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()) == bundle.resolve()
+
+
+def test_scripts_are_found_though_the_typed_path_was_lost(repository: Path, tmp_path: Path) -> None:
+    # What MONAI does, and then ITK: a relative path that is looked up from another directory counts as absent for good.
+    code = f"""
+import os, sys
+sys.path.insert(1, "bundles/ssl_pretrain")
+os.chdir({str(tmp_path)!r})
+import importlib.util
+assert importlib.util.find_spec("scripts") is None
+os.chdir({str(repository)!r})
+assert importlib.util.find_spec("scripts") is None
+import common
+common.bundle_root("ssl_pretrain")
+import scripts.ssl_head
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("bundle", sorted(path.name for path in (ROOT / "bundles").iterdir() if path.is_dir()))
+def test_every_run_begins_with_the_root_of_its_bundle(repository: Path, bundle: str) -> None:
+    for path in (repository / "bundles" / bundle / "configs").glob("*.json"):
+        config = json.loads(path.read_text())
+        if "run" in config:
+            assert config["run"][0] == "$@bundle_root", path
 
 
 def imported(path: Path) -> set[str]:
