@@ -1,0 +1,57 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Real scans, registered by the shipped weights, which have seen random images only."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIGS = "bundles/dual_stream_pyramid/configs"
+
+
+def evaluate(repository: Path, output_dir: Path, dataset: str, folder: Path, **options: object) -> dict[str, float]:
+    """Means over every tenth test pair."""
+    if not folder.is_dir():
+        pytest.skip(f"no scans at {folder}")
+    split = json.loads((repository / f"data_splits/{dataset}.json").read_text())
+    few = output_dir / "few.json"
+    few.write_text(json.dumps({**split, "test": split["test"][::10]}))
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", f"{CONFIGS}/evaluate.json"]
+    settings = {"dataset": dataset, "datalist": few, "dataset_dir": folder, "output_dir": output_dir, "pictures": 0}
+    for key, value in {**settings, **options}.items():
+        command += [f"--{key}", str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    with open(output_dir / "summary.csv") as file:
+        return {row["metric"]: float(row["mean"]) for row in csv.DictReader(file)}
+
+
+def test_hippocampi(repository: Path, shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data/Task04_Hippocampus"
+    mean = evaluate(repository, tmp_path, "hippocampus", folder, spatial_size=[48, 64, 48], amp="bf16")
+    assert mean["dice_mean"] > max(0.70, mean["dice_before_mean"] + 0.12)
+    assert mean["hd95_mean"] < mean["hd95_before_mean"]
+    assert mean["folds"] == 0 and mean["ndv"] < 0.001
+    assert mean["inverse_consistency"] < 0.1
+
+
+def test_slices_of_brains(repository: Path, shared: Path, tmp_path: Path) -> None:
+    mean = evaluate(repository, tmp_path, "oasis2d", shared / "data/OASIS2D", spatial_size=[128, 128])
+    assert mean["similarity"] > mean["similarity_before"] + 0.1
+    assert mean["folds"] == 0
