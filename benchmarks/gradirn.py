@@ -143,7 +143,7 @@ def measure(cases: tuple[Case, ...] = CASES, repeats: int = 3) -> list[dict[str,
                     "cpu_over_published": seconds / case.seconds,
                     "mb_over_published": megabytes / case.megabytes,
                     "cpu_over_plain": seconds / plain[0] if plain else _UNKNOWN,
-                    "mb_over_plain": megabytes / plain[1] if plain else _UNKNOWN,
+                    "mb_over_plain": megabytes / plain[1] if plain and plain[1] else _UNKNOWN,
                 }
             )
     return rows
