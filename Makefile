@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := $(BIN)/python -m monai.bundle run --config_file
 SSL := bundles/ssl_pretrain/configs
+PYRAMID := bundles/dual_stream_pyramid/configs
 DEMO ?= runs/demo
 
 .PHONY: help setup demo test lint format bench clean
@@ -27,10 +28,12 @@ demo: setup
 	$(RUN) $(SSL)/train.json --output_dir $(DEMO)/pretrain
 	$(RUN) $(SSL)/finetune.json --pretrained $(DEMO)/pretrain/model.pt --dataset_dir $(DEMO)/data --output_dir $(DEMO)/finetune
 	$(RUN) $(SSL)/inference.json --checkpoint $(DEMO)/finetune/model.pt --dataset_dir $(DEMO)/data --output_dir $(DEMO)/registration
+	$(RUN) $(PYRAMID)/inference.json --dataset_dir $(DEMO)/data --output_dir $(DEMO)/pyramid
 	@echo
 	@echo "Pretraining on random images   $(DEMO)/pretrain       pictures/, TensorBoard logs, model.pt"
 	@echo "Fine-tuning on the cohort      $(DEMO)/finetune       pictures/, metrics.csv, model.pt"
 	@echo "One registration               $(DEMO)/registration   moved.nii.gz, ddf.nii.gz, registration.png"
+	@echo "The same by shipped weights    $(DEMO)/pyramid        and its inverse: inverse_ddf.nii.gz, inverse_moved.nii.gz"
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --durations=10
