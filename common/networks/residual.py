@@ -32,7 +32,12 @@ class ResidualBlock(nn.Module):
         in_channels: channels in.
         out_channels: channels out.
         stride: of the first convolution and of the skip.
+
+    Attributes:
+        slope: of the leaky ReLUs.
     """
+
+    slope = _SLOPE
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -48,10 +53,10 @@ class ResidualBlock(nn.Module):
         """(B, in_channels, *S) to (B, out_channels, *S / stride)."""
         if is_large(x, self.conv1.in_channels):
             return residual_by_slabs(self, lambda first, last: x[:, :, first:last], x.shape[2:])[0]
-        y = normalize_and_activate((self.conv1(x), self.norm1), slope=_SLOPE, overwrite=True)
+        y = normalize_and_activate((self.conv1(x), self.norm1), slope=self.slope, overwrite=True)
         y = self.conv2(y)
         branches = (y, self.norm2), (self.skip(x), self.skip_norm)
-        return normalize_and_activate(*branches, slope=_SLOPE, overwrite=True)
+        return normalize_and_activate(*branches, slope=self.slope, overwrite=True)
 
 
 def initialize(module: nn.Module) -> None:

@@ -38,7 +38,6 @@ Reader = Callable[[int, int], Tensor]
 
 _CPU_SLAB, _DEVICE_SLAB = 3 * 2**21, 2**26  # numbers in a slab
 _EPSILON = 1e-5  # of F.instance_norm
-_SLOPE = 0.2  # of the leaky ReLUs in a residual block
 
 
 def is_large(x: Tensor, channels: int) -> bool:
@@ -110,7 +109,7 @@ def residual_by_slabs(
         for result, other, ((scale, shift), (skip_scale, skip_shift)) in zip(results, others, scales, strict=True):
             here = result[:, :, start:stop]
             total = torch.addcmul(shift + skip_shift, here, scale).addcmul_(other, skip_scale)
-            here.copy_(F.leaky_relu_(total, _SLOPE))
+            here.copy_(F.leaky_relu_(total, block.slope))
     return results
 
 
@@ -199,7 +198,7 @@ def _convolve_in_place(block: ResidualBlock, x: Tensor, norm: _Statistics) -> _S
     for start, stop in slabs:
         end = min(stop + 1, count)
         here = rows[:, :, 1 : 1 + end - start]
-        F.leaky_relu_(torch.addcmul(shift, x[:, :, start:end], scale, out=here), _SLOPE)
+        F.leaky_relu_(torch.addcmul(shift, x[:, :, start:end], scale, out=here), block.slope)
         rows[:, :, 1 + end - start :] = 0
         part = convolve_rows(block.conv2, rows[:, :, : stop - start + 2])
         statistics.add(part)

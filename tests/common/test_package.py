@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import shutil
 import subprocess
 import sys
@@ -22,8 +21,6 @@ from pathlib import Path
 import pytest
 
 import common
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_a_bundle_is_found_in_the_checkout(repository: Path) -> None:
@@ -61,14 +58,6 @@ common.bundle_root("ssl_pretrain")
 import scripts.ssl_head
 """
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("bundle", sorted(path.name for path in (ROOT / "bundles").iterdir() if path.is_dir()))
-def test_every_run_begins_with_the_root_of_its_bundle(repository: Path, bundle: str) -> None:
-    for path in (repository / "bundles" / bundle / "configs").glob("*.json"):
-        config = json.loads(path.read_text())
-        if "run" in config:
-            assert config["run"][0] == "$@bundle_root", path
 
 
 def imported(path: Path) -> set[str]:

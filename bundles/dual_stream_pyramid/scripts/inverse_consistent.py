@@ -45,7 +45,6 @@ from .heads import PredictionHead
 
 __all__ = ["Halves", "InverseConsistentDecoder", "SymmetricHead", "at_feature_centres"]
 
-_SLOPE = 0.2  # of the leaky ReLUs in a residual block
 _INPUTS = ("mf", "c")
 
 
@@ -107,14 +106,14 @@ class SymmetricHead(PredictionHead):
             sides = residual_by_slabs(block, read, shape, _both_sides_of_rows)
             return torch.cat([self.flow_of(side) for side in sides])
         y = torch.cat(_both_sides(block.conv1, total, difference))
-        y = block.conv2(normalize_and_activate((y, block.norm1), slope=_SLOPE, overwrite=True))
+        y = block.conv2(normalize_and_activate((y, block.norm1), slope=block.slope, overwrite=True))
         if torch.is_grad_enabled():
             # The skip is as little work as it is much memory: it is computed a second time in the backward pass.
             skip = checkpoint(self._skip, total, difference, use_reentrant=False, preserve_rng_state=False)
-            return self.flow_of(F.leaky_relu_(block.norm2(y).add_(skip), _SLOPE))
+            return self.flow_of(F.leaky_relu_(block.norm2(y).add_(skip), block.slope))
         skip = torch.cat(_both_sides(block.skip, total, difference))
         branches = (y, block.norm2), (skip, block.skip_norm)
-        return self.flow_of(normalize_and_activate(*branches, slope=_SLOPE, overwrite=True))
+        return self.flow_of(normalize_and_activate(*branches, slope=block.slope, overwrite=True))
 
     def _skip(self, total: Tensor, difference: Tensor) -> Tensor:
         skip: Tensor = self.block.skip_norm(torch.cat(_both_sides(self.block.skip, total, difference)))

@@ -12,31 +12,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.bundles.commands import python, read_config
+
 CONFIGS = "bundles/dual_stream_pyramid/configs"
-
-
-def python(repository: Path, code: str) -> str:
-    """Run in a process of its own, since ``scripts`` means another package in each bundle."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-def config(repository: Path, name: str) -> dict[str, object]:
-    found: dict[str, object] = json.loads((repository / CONFIGS / f"{name}.json").read_text())
-    return found
+config = partial(read_config, "dual_stream_pyramid")
 
 
 @pytest.mark.parametrize(
@@ -91,22 +76,6 @@ for decoder in ("conv_c", "convic_c"):
     ]
 
 
-def test_metadata_fits_monais_schema_and_its_changelog(repository: Path, shared: Path) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    metadata = config(repository, "metadata")
-    jsonschema.validate(metadata, json.loads((shared / "specs/meta_schema_20240725.retyped.json").read_text()))
-    assert metadata["version"] in metadata["changelog"]  # type: ignore[operator]
-
-
-def test_no_step_before_run_touches_scripts_and_no_expression_is_long(repository: Path) -> None:
-    for path in sorted((repository / CONFIGS).glob("*.json")):
-        content = json.loads(path.read_text())
-        assert "scripts" not in json.dumps(content.get("initialize", ""))
-        for text in _strings(content):
-            if text.startswith("$"):
-                assert len(text) < 120 and "__" not in text and "subprocess" not in text, f"{path.name}: {text}"
-
-
 def test_the_options_in_the_documentation_are_keys_with_these_defaults(repository: Path) -> None:
     text = (repository / "bundles/dual_stream_pyramid/docs/README.md").read_text()
     table = text.split("### Options")[1].split("\n\n")[1]
@@ -123,11 +92,3 @@ def test_the_options_in_the_documentation_are_keys_with_these_defaults(repositor
                 assert value == str(train[name]).lower() or str(train[name]).startswith(("$", "@")), (name, value)
                 checked += 1
     assert checked > 8
-
-
-def _strings(value: object) -> list[str]:
-    if isinstance(value, dict):
-        return [text for part in value.values() for text in _strings(part)]
-    if isinstance(value, list):
-        return [text for part in value for text in _strings(part)]
-    return [value] if isinstance(value, str) else []

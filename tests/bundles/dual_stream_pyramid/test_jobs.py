@@ -12,12 +12,8 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,37 +21,11 @@ import torch
 
 from common.io import load_field, load_image
 from common.spatial import compose
+from tests.bundles.commands import rows, run_bundle, succeed, weights
 
-CONFIGS = "bundles/dual_stream_pyramid/configs"
+run = partial(run_bundle, "dual_stream_pyramid")
 TINY = {"encoder_channels": [4, 4, 4, 8, 8], "decoder_channels": [4, 4, 4, 8, 8]}
 SHORT = {"max_epochs": 1, "epoch_length": 2, "val_interval": 1, **TINY}
-
-
-def run(repository: Path, *configs: str, torchrun: bool = False, **overrides: Any) -> subprocess.CompletedProcess[str]:
-    files = [f"{CONFIGS}/{name}.json" for name in configs]
-    launcher = [sys.executable, "-m"]
-    launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if torchrun else []
-    command = [*launcher, "monai.bundle", "run", "--config_file", files[0] if len(files) == 1 else str(files)]
-    for key, value in overrides.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def succeed(result: subprocess.CompletedProcess[str]) -> str:
-    text = result.stdout + result.stderr
-    assert result.returncode == 0, text[-4000:]
-    return text
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
-    return state
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path) as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +101,9 @@ def test_labels_and_the_fields_on_the_way_can_be_judged_too(
 
 
 def test_the_encoder_starts_from_what_ssl_pretrain_leaves(repository: Path, cache: Path, tmp_path: Path) -> None:
-    pretrain = "bundles/ssl_pretrain/configs/train.json"
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", pretrain, "--encoder", "dual_stream"]
-    command += ["--output_dir", str(tmp_path / "pretrain"), "--spatial_size", "[16,16,16]", "--max_epochs", "1"]
-    command += ["--preset", "base", "--pairs_per_epoch", "1", "--validation_pairs", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    succeed(subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600))
+    pretrain = {"encoder": "dual_stream", "preset": "base", "spatial_size": [16, 16, 16], "max_epochs": 1}
+    pretrain |= {"output_dir": tmp_path / "pretrain", "pairs_per_epoch": 1, "validation_pairs": 1}
+    succeed(run_bundle("ssl_pretrain", repository, "train", **pretrain))
     options = {"max_epochs": 1, "epoch_length": 1, "decoder": "vfa", "spatial_size": [16, 16, 16], "val_interval": 1}
     start = tmp_path / "pretrain/model.pt"
     succeed(run(repository, "train", output_dir=tmp_path / "train", dataset_dir=cache, pretrained=start, **options))

@@ -12,16 +12,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-CONFIGS = "bundles/dual_stream_pyramid/configs"
+from tests.bundles.commands import rows, run_bundle, succeed
 
 
 def evaluate(repository: Path, output_dir: Path, dataset: str, folder: Path, **options: object) -> dict[str, float]:
@@ -31,15 +27,9 @@ def evaluate(repository: Path, output_dir: Path, dataset: str, folder: Path, **o
     split = json.loads((repository / f"data_splits/{dataset}.json").read_text())
     few = output_dir / "few.json"
     few.write_text(json.dumps({**split, "test": split["test"][::10]}))
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", f"{CONFIGS}/evaluate.json"]
     settings = {"dataset": dataset, "datalist": few, "dataset_dir": folder, "output_dir": output_dir, "pictures": 0}
-    for key, value in {**settings, **options}.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    with open(output_dir / "summary.csv") as file:
-        return {row["metric"]: float(row["mean"]) for row in csv.DictReader(file)}
+    succeed(run_bundle("dual_stream_pyramid", repository, "evaluate", **{**settings, **options}))
+    return {row["metric"]: float(row["mean"]) for row in rows(output_dir / "summary.csv")}
 
 
 def test_hippocampi(repository: Path, shared: Path, tmp_path: Path) -> None:

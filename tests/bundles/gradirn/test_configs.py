@@ -12,30 +12,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.bundles.commands import python, read_config
+
 CONFIGS = "bundles/gradirn/configs"
-
-
-def python(repository: Path, code: str) -> str:
-    """Run in a process of its own, since ``scripts`` means another package in each bundle."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-def read(repository: Path, name: str) -> dict[str, object]:
-    return json.loads((repository / CONFIGS / f"{name}.json").read_text())
+read = partial(read_config, "gradirn")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("train", "train"), ("inference", "infer")])
@@ -90,22 +76,6 @@ print(type(loss.terms["similarity"]).__name__, loss.weights["smoothness"], float
     assert terms == "['similarity', 'smoothness']", "deep supervision is off unless asked for"
 
 
-def test_metadata_fits_monais_schema_and_its_changelog(repository: Path, shared: Path) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    metadata = read(repository, "metadata")
-    jsonschema.validate(metadata, json.loads((shared / "specs/meta_schema_20240725.retyped.json").read_text()))
-    assert metadata["version"] in metadata["changelog"]  # type: ignore[operator]
-
-
-def test_no_step_before_run_touches_scripts_and_no_expression_is_long(repository: Path) -> None:
-    for path in sorted((repository / CONFIGS).glob("*.json")):
-        config = json.loads(path.read_text())
-        assert "scripts" not in json.dumps(config.get("initialize", ""))
-        for text in _strings(config):
-            if text.startswith("$"):
-                assert len(text) < 120 and "__" not in text and "subprocess" not in text, f"{path.name}: {text}"
-
-
 def test_overlays_change_only_what_the_config_has(repository: Path) -> None:
     train = read(repository, "train")
     for name in ("paper_ukbb", "paper_mnms", "paper_camcan", "vm"):
@@ -130,11 +100,3 @@ def test_the_options_in_the_documentation_are_keys_with_these_defaults(repositor
         assert documented[name] == f"`{(train | evaluate)[name]}`"
     for name in ("levels", "steps", "max_epochs", "epoch_length", "batch_size", "learning_rate", "val_interval"):
         assert documented[name] == str(train[name]), name
-
-
-def _strings(value: object) -> list[str]:
-    if isinstance(value, dict):
-        return [text for part in value.values() for text in _strings(part)]
-    if isinstance(value, list):
-        return [text for part in value for text in _strings(part)]
-    return [value] if isinstance(value, str) else []

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,30 +24,10 @@ import torch
 from common.data.cine import make_cine_pair
 from common.io import load_field, load_image, save_image
 from common.spatial import warp
+from tests.bundles.commands import run_bundle, succeed, weights
 
-CONFIGS = "bundles/gradirn/configs"
+run = partial(run_bundle, "gradirn")
 TINY = {"cohort#spatial_size": 32, "spatial_size": [32, 32]}
-
-
-def run(repository: Path, *configs: str, torchrun: bool = False, **overrides: Any) -> subprocess.CompletedProcess[str]:
-    files = [f"{CONFIGS}/{name}.json" for name in configs]
-    launcher = [sys.executable, "-m"]
-    launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if torchrun else []
-    command = [*launcher, "monai.bundle", "run", "--config_file", files[0] if len(files) == 1 else str(files)]
-    for key, value in overrides.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def succeed(result: subprocess.CompletedProcess[str]) -> str:
-    text = result.stdout + result.stderr
-    assert result.returncode == 0, text[-4000:]
-    return text
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

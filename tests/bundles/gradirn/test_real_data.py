@@ -12,26 +12,16 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-CONFIGS = "bundles/gradirn/configs"
+from tests.bundles.commands import rows, run_bundle, succeed
 
 
 def run(repository: Path, name: str, output_dir: Path, **overrides: object) -> dict[str, float]:
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", f"{CONFIGS}/{name}.json"]
-    for key, value in {"output_dir": output_dir, **overrides}.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    with open(output_dir / "summary.csv") as file:
-        return {row["metric"]: float(row["mean"]) for row in csv.DictReader(file)}
+    succeed(run_bundle("gradirn", repository, name, output_dir=output_dir, **overrides))
+    return {row["metric"]: float(row["mean"]) for row in rows(output_dir / "summary.csv")}
 
 
 @pytest.fixture(scope="module")

@@ -12,26 +12,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.bundles.commands import python, read_config
+
 CONFIGS = "bundles/ssl_pretrain/configs"
-
-
-def python(repository: Path, code: str) -> str:
-    """Run in a process of its own, since ``scripts`` means another package in each bundle."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
 
 
 @pytest.mark.parametrize(
@@ -76,26 +64,10 @@ for job in ("train", "finetune"):
     assert finetune.split()[0] == "11853528"
 
 
-def test_metadata_fits_monais_schema_and_its_changelog(repository: Path, shared: Path) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    metadata = json.loads((repository / CONFIGS / "metadata.json").read_text())
-    jsonschema.validate(metadata, json.loads((shared / "specs/meta_schema_20240725.retyped.json").read_text()))
-    assert metadata["version"] in metadata["changelog"]
-
-
-def test_no_step_before_run_touches_scripts_and_no_expression_is_long(repository: Path) -> None:
-    for path in sorted((repository / CONFIGS).glob("*.json")):
-        config = json.loads(path.read_text())
-        assert "scripts" not in json.dumps(config.get("initialize", ""))
-        for text in _strings(config):
-            if text.startswith("$"):
-                assert len(text) < 120 and "__" not in text and "subprocess" not in text, f"{path.name}: {text}"
-
-
 def test_the_options_in_the_documentation_are_keys_with_these_defaults(repository: Path) -> None:
     text = (repository / "bundles/ssl_pretrain/docs/README.md").read_text()
     rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `")]
-    configs = {n: json.loads((repository / CONFIGS / f"{n}.json").read_text()) for n in ("train", "finetune")}
+    configs = {name: read_config("ssl_pretrain", repository, name) for name in ("train", "finetune")}
     known = {name.split("#")[0] for config in configs.values() for name in config}
     named = [name for keys, _, _ in rows for name in re.findall(r"`([^`]+)`", keys)]
     assert len(named) > 20
@@ -105,11 +77,3 @@ def test_the_options_in_the_documentation_are_keys_with_these_defaults(repositor
     sizes = [finetune[name] for name in ("max_epochs", "epoch_length", "batch_size")]
     assert defaults["`max_epochs`, `epoch_length`, `batch_size`"] == ", ".join(map(str, sizes))
     assert defaults["`encoder`"] == f"`{finetune['encoder']}`" and defaults["`preset`"] == f"`{finetune['preset']}`"
-
-
-def _strings(value: object) -> list[str]:
-    if isinstance(value, dict):
-        return [text for part in value.values() for text in _strings(part)]
-    if isinstance(value, list):
-        return [text for part in value for text in _strings(part)]
-    return [value] if isinstance(value, str) else []

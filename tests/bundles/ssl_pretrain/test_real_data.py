@@ -14,24 +14,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-CONFIGS = "bundles/ssl_pretrain/configs"
+from tests.bundles.commands import run_bundle, succeed
 
 
 def run(repository: Path, name: str, **overrides: object) -> str:
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", f"{CONFIGS}/{name}.json"]
-    for key, value in overrides.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    return result.stdout + result.stderr
+    return succeed(run_bundle("ssl_pretrain", repository, name, **overrides))
 
 
 @pytest.fixture(scope="module")
