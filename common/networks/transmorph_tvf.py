@@ -45,11 +45,13 @@ class TVFOutput(NamedTuple):
         ddf: displacement (B, d, *S).
         velocity: the stationary velocity whose exponential ``ddf`` is, or None where there is no single one.
         features: sum over the steps of the features under the flow heads, (B, step_channels, *S).
+        inverse_ddf: displacement of the inverse (B, d, *S), or None where it was not asked for.
     """
 
     ddf: Tensor
     velocity: Tensor | None
     features: Tensor
+    inverse_ddf: Tensor | None = None
 
 
 class PyramidDecoder(nn.Module):
@@ -174,6 +176,11 @@ class TimeSteps(nn.Module):
             step = warp(step, step, padding=self.padding)
         return step if total is None else total + step
 
+    def _retreat(self, inverse: Tensor | None, step: Tensor) -> Tensor:
+        """The inverse of composed flows after a step: the last flow, which went first, is undone last."""
+        outer = self._exp(-step)
+        return outer if inverse is None else compose(outer, inverse, padding=self.padding)
+
     def _displacement(self, total: Tensor) -> Tensor:
         """The displacement that the accumulated field stands for inside the loop."""
         return self._exp(total) if self.diffeomorphic and self.update == "addition" else total
@@ -184,13 +191,27 @@ class TimeSteps(nn.Module):
             return out
         return step(*args)
 
-    def forward(self, moving: Tensor, fixed: Tensor, context: Tensor) -> TVFOutput:
-        """Images (B, C, *S) and decoder features (B, context_channels, *s) to fields on S."""
+    def forward(self, moving: Tensor, fixed: Tensor, context: Tensor, inverse: bool = False) -> TVFOutput:
+        """Images (B, C, *S) and decoder features (B, context_channels, *s) to fields on S.
+
+        Args:
+            moving: moving image.
+            fixed: fixed image.
+            context: decoder features.
+            inverse: give the inverse too, from velocities run backwards.
+
+        Raises:
+            ValueError: when the inverse is asked for and the steps are not diffeomorphic.
+        """
+        if inverse and not self.diffeomorphic:
+            raise ValueError("inverse needs diffeomorphic=True: only velocities can be run backwards")
         context = upsample_to(context, fixed.shape[2:])
-        moved, total, features, ddf = moving, None, None, None
+        moved, total, features, ddf, undone = moving, None, None, None, None
         for t, step in enumerate(self.steps):
             field, under = self._run(step, moved, fixed, context)
             total = self._advance(total, field)
+            if inverse and self.update == "composition":
+                undone = self._retreat(undone, field)
             features = under if features is None else features + under
             ddf = self._displacement(total)
             if t + 1 < len(self.steps):
@@ -199,7 +220,9 @@ class TimeSteps(nn.Module):
         velocity = total if self.diffeomorphic and self.update != "composition" else None
         if self.diffeomorphic and self.update == "self_warped":
             ddf = self._exp(total)
-        return TVFOutput(ddf, velocity, features)
+        if inverse and velocity is not None:
+            undone = self._exp(-velocity)
+        return TVFOutput(ddf, velocity, features, undone)
 
 
 class TransMorphTVF(RegistrationNetwork):
@@ -211,8 +234,11 @@ class TransMorphTVF(RegistrationNetwork):
     time (see ``TimeSteps``).
 
     ``fields`` gives "ddf", "features" (the sum of the step features, on the network's grid, which a further head may
-    read) and, where the transformation is the exponential of one velocity, "velocity" on the image grid. Everything but
-    "features" is on the image grid, in image voxels.
+    read), "velocity" where the transformation is the exponential of one velocity and, if ``inverse``, "inverse_ddf".
+    Everything but "features" is on the image grid, in image voxels.
+
+    The inverse runs the velocities backwards: it is exp(-w) where the transformation is exp(w), and exp(-v_T) o ... o
+    exp(-v_1) for "composition".
 
     Args:
         encoder: any encoder; a joint one must take ``2 * channels`` channels.
@@ -226,6 +252,7 @@ class TransMorphTVF(RegistrationNetwork):
             runs at full resolution.
         norm: of the units that see the images, "instance" or "batch".
         padding: outside the grid, "border" or "zeros".
+        inverse: have ``fields`` give the inverse field too; needs ``diffeomorphic``. May be changed later.
         use_checkpoint: recompute the time steps in the backward pass; batch norms then update their statistics twice.
     """
 
@@ -242,9 +269,11 @@ class TransMorphTVF(RegistrationNetwork):
         downsample: int | Sequence[int] = 2,
         norm: str = "instance",
         padding: str = "border",
+        inverse: bool = False,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__(encoder.spatial_dims)
+        self.inverse = inverse
         self.downsample = as_tuple(downsample, self.spatial_dims, "downsample")
         self.encoder = encoder
         self.decoder = PyramidDecoder(encoder, 2 * channels, norm)
@@ -262,13 +291,23 @@ class TransMorphTVF(RegistrationNetwork):
             use_checkpoint=use_checkpoint,
         )
 
+    def forward(self, image: Tensor) -> Tensor:
+        """The field alone, (B, d, *S), of the pair ``image`` (B, 2C, *S)."""
+        out, padded = self._refined(image, inverse=False)
+        return crop_to(to_image_grid(out.ddf, padded), image.shape[2:])
+
     def fields(self, image: Tensor) -> dict[str, Any]:
         """Fields of the pair ``image`` (B, 2C, *S); see the class."""
+        out, padded = self._refined(image, self.inverse)
+        result = {"ddf": out.ddf, "velocity": out.velocity, "inverse_ddf": out.inverse_ddf}
         size = image.shape[2:]
+        on_image = {k: crop_to(to_image_grid(v, padded), size) for k, v in result.items() if v is not None}
+        return {**on_image, "features": out.features}
+
+    def _refined(self, image: Tensor, inverse: bool) -> tuple[TVFOutput, torch.Size]:
+        """Fields on the grid of the network, and the size of the padded image."""
         padded = self.padded(image, [f * max(self.encoder.strides) for f in self.downsample])
         pair = average_pool(padded, self.downsample)
         context = self.decoder(pair, encode_pair(self.encoder, pair))
-        out: TVFOutput = self.time_steps(*split_pair(pair, self.spatial_dims), context)
-        result = {"ddf": out.ddf, "velocity": out.velocity}
-        on_image = {k: crop_to(to_image_grid(v, padded.shape[2:]), size) for k, v in result.items() if v is not None}
-        return {**on_image, "features": out.features}
+        out: TVFOutput = self.time_steps(*split_pair(pair, self.spatial_dims), context, inverse)
+        return out, padded.shape[2:]
