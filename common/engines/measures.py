@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.losses import LNCC
@@ -44,6 +44,7 @@ def standard_measures(
     definition: str = "standard",
     inverse: bool = False,
     seconds: bool = False,
+    reported: Mapping[str, str] | None = None,
 ) -> MetricCollection:
     """Similarity and regularity always; overlap where there are labels; each overlap also before registration.
 
@@ -57,6 +58,8 @@ def standard_measures(
             the latter beside the former with the suffix ``_l2r``.
         inverse: also how well the two fields of networks that give ``inverse_ddf`` undo each other.
         seconds: also how long the network took for each pair.
+        reported: further columns by name, each with the network's output whose mean it holds, such as
+            ``{"weight": "weight_map"}``; without a value where the network does not give that output.
 
     Returns:
         the measures, named ``similarity`` (1 is best), ``dice``, ``hd95``, ``asd``, ``ndv``, ``folds``, ``sdlogj``,
@@ -79,6 +82,8 @@ def standard_measures(
         entries["inversion_iterations"] = {"metric": Reported(), "inputs": solver, "required": False}
     if seconds:
         entries["seconds"] = {"metric": Reported(), "inputs": ["seconds"]}
+    for name, source in (reported or {}).items():
+        entries[name] = {"metric": Reported(), "inputs": [source], "required": False}
     return MetricCollection(entries)
 
 

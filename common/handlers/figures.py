@@ -52,6 +52,7 @@ _TITLES = {
     "grid": "warped grid",
     "jacobian": "log det J",
 }
+_WEIGHT_TITLE = "weight map"
 _PLANE_NAMES = ("sagittal", "coronal", "axial")
 # What lies at the left, right, bottom and top of each plane, seen as radiologists do: the patient's right on the left.
 _PLANE_SIDES = (("A", "P", "I", "S"), ("R", "L", "I", "S"), ("R", "L", "P", "A"))
@@ -93,6 +94,7 @@ def registration_figure(
     moved_label: Tensor | None = None,
     title: str | None = None,
     *,
+    weight_map: Tensor | None = None,
     spacing: Any = None,
     affine: Any = None,
 ) -> Figure:
@@ -109,6 +111,7 @@ def registration_figure(
       along ``ddf``, which would show the inverse. Displacement across the slice is not visible in it.
     - logarithm of the Jacobian determinant of ``x + ddf(x)``, positive where a fixed voxel draws from more than one
       voxel of moving, that is where moving tissue shrinks. Voxels with a determinant of 0 or less are red.
+    - the weight map of the smoothness, where there is one, from 0 (dark) to 1.
 
     Without ``affine`` array axes run right and up. With it the slices are sagittal, coronal and axial as radiologists
     see them, the patient's right on the left, and letters say so.
@@ -121,6 +124,7 @@ def registration_figure(
         ddf: (d, \\*S) field in voxels, d = 2 or 3.
         moving_label, fixed_label, moved_label: (1, \\*S) or (\\*S) label maps.
         title: a line above all.
+        weight_map: (1, \\*S) or (\\*S) map of the local weight of the smoothness, on the fixed grid.
         spacing: mm per axis, for the shape of the panels; ``affine`` beats it.
         affine: (4, 4) voxel-to-world matrix of the fixed image, RAS mm; for 3-D.
 
@@ -139,6 +143,7 @@ def registration_figure(
     given = {"moving": moving_label, "fixed": fixed_label, "moved": moved_label}
     labels = {name: _volume(label, field.shape[1:]) for name, label in given.items() if label is not None}
     images = {"moving": moving, "fixed": fixed, "moved": moved}
+    images |= {} if weight_map is None else {"weight": weight_map}
     volumes = {name: _volume(image, field.shape[1:]) for name, image in images.items()}
     millimetres = np.ones(dims) * np.asarray(1.0 if spacing is None else spacing, dtype=float)
     anatomical = affine is not None and dims == 3
@@ -253,14 +258,15 @@ def _determinant(field: Array, plane: int | None, centre: Sequence[int]) -> Arra
 
 def _draw(slices: Sequence[_Slice], title: str | None) -> Figure:
     scales = _scales(slices)
-    figure, boxes = _layout([s.ratio for s in slices], title is not None)
+    titles = {**_TITLES, "weight": _WEIGHT_TITLE} if "weight" in slices[0].images else _TITLES
+    figure, boxes = _layout([s.ratio for s in slices], title is not None, len(titles))
     shown: dict[str, Any] = {}
     for row, part in enumerate(slices):
-        for column, name in enumerate(_TITLES):
+        for column, name in enumerate(titles):
             axis = figure.add_axes(boxes[row][column], label=f"{name}_{row}")
             shown[name] = _panel(axis, name, part, scales[name])
             if row == 0:
-                axis.set_title(_TITLES[name], color="white", fontsize=10, pad=5)
+                axis.set_title(titles[name], color="white", fontsize=10, pad=5)
             if column == 0:
                 axis.set_ylabel(part.name, color="0.8", fontsize=9)
                 _letter(axis, part.sides)
@@ -270,18 +276,20 @@ def _draw(slices: Sequence[_Slice], title: str | None) -> Figure:
     return figure
 
 
-def _layout(ratios: Sequence[float], titled: bool) -> tuple[Figure, list[list[tuple[float, float, float, float]]]]:
+def _layout(
+    ratios: Sequence[float], titled: bool, columns: int
+) -> tuple[Figure, list[list[tuple[float, float, float, float]]]]:
     """Boxes for the panels: columns of one width, rows as high as their slices are, room for titles and scales."""
     heights = [_WIDTH * ratio for ratio in ratios]
     top = _HEAD + (_TITLE if titled else 0.0)
-    width = _LEFT + len(_TITLES) * (_WIDTH + _GAP)
+    width = _LEFT + columns * (_WIDTH + _GAP)
     height = top + sum(heights) + len(heights) * _GAP + _FOOT
     figure = Figure(figsize=(width, height), facecolor="black")
     boxes = []
     lower = height - top
     for tall in heights:
         lower -= tall
-        lefts = [_LEFT + k * (_WIDTH + _GAP) for k in range(len(_TITLES))]
+        lefts = [_LEFT + k * (_WIDTH + _GAP) for k in range(columns)]
         boxes.append([(left / width, lower / height, _WIDTH / width, tall / height) for left in lefts])
         lower -= _GAP
     return figure, boxes
@@ -310,6 +318,8 @@ def _scales(slices: Sequence[_Slice]) -> dict[str, tuple[float, float]]:
         "after": difference,
         "grid": moving,
         "jacobian": (-limit, limit),
+        # One scale for all pictures, so that maps of several pairs and epochs can be compared.
+        "weight": (0.0, 1.0),
     }
 
 
@@ -322,6 +332,8 @@ def _panel(axis: Axes, name: str, part: _Slice, scale: tuple[float, float]) -> A
         shown = _draw_jacobian(axis, part, scale)
     elif name in ("before", "after"):
         shown = _show(axis, part.difference("moving" if name == "before" else "moved"), scale, "magma")
+    elif name == "weight":
+        shown = _show(axis, part.images[name], scale, "viridis")
     else:
         shown = _show(axis, part.images["moved" if name == "grid" else name], scale, "gray")
         if name == "grid":
@@ -386,11 +398,13 @@ def _letter(axis: Axes, sides: Sequence[str] | None) -> None:
 def _legends(figure: Figure, boxes: Sequence[Sequence[float]], shown: Mapping[str, Any], labels: Any) -> None:
     """Scales beneath the differences and the determinant, and what the outlines are."""
     high = figure.get_figheight()
-    names = list(_TITLES)
-    for first, last, text in (
+    names = list(shown)
+    scales = [
         ("before", "after", "absolute difference"),
         ("jacobian", "jacobian", "> 0: moving shrinks    red: folded"),
-    ):
+        ("weight", "weight", "weight of the smoothness"),
+    ]
+    for first, last, text in (scale for scale in scales if scale[0] in shown):
         left, lower = boxes[names.index(first)][:2]
         right = boxes[names.index(last)][0] + boxes[names.index(last)][2]
         margin = 0.06 * (right - left)

@@ -27,7 +27,7 @@ from common.handlers.figures import registration_figure
 from common.handlers.output import claim_folder
 from common.io import Scan, load_image, require_same_grid, save_field, save_image
 from common.io.fields import FIELD_FORMATS
-from common.spatial import warp, warp_labels
+from common.spatial import affine_to_ddf, warp, warp_labels
 from common.spatial.world import field_on_grid
 
 __all__ = ["RegistrationWriter"]
@@ -42,13 +42,15 @@ class RegistrationWriter:
     and the moved scan is the moving file itself, interpolated once. A pair gets ``moved.nii.gz``, ``ddf.nii.gz`` (a
     displacement field that ITK, ANTs and Slicer apply), ``registration.png``, ``metrics.json`` and, when the pair
     names one, ``moved_label.nii.gz``. If the network also gives the inverse field, ``inverse_ddf.nii.gz`` and
-    ``inverse_moved.nii.gz``, the fixed scan brought back, lie on the grid of the moving file. Several pairs
-    get a folder each, ``<moving_id>_to_<fixed_id>``.
+    ``inverse_moved.nii.gz``, the fixed scan brought back, lie on the grid of the moving file. A map that the network
+    gives, such as ``weight_map.nii.gz``, is resampled to the grid of the fixed file. Several pairs get a folder each,
+    ``<moving_id>_to_<fixed_id>``.
 
     Args:
         output_dir: folder, made and tried before the first pair.
         pairs: the pairs in the evaluator's order: ``moving`` and ``fixed`` are files, ``moving_label`` may be.
         field_format: ``"itk"`` or ``"l2r"``, see :func:`common.io.save_field`.
+        maps: outputs of the network, (B, 1, \\*S) on the fixed grid, that become files where it gives them.
 
     Raises:
         ValueError: for an unknown format; when the evaluator starts, for a label map with fractional values.
@@ -56,12 +58,19 @@ class RegistrationWriter:
         OSError: when the evaluator starts, for a folder that cannot be written to.
     """
 
-    def __init__(self, output_dir: str | Path, pairs: Sequence[Mapping[str, Any]], field_format: str = "itk") -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        pairs: Sequence[Mapping[str, Any]],
+        field_format: str = "itk",
+        maps: Sequence[str] = ("weight_map",),
+    ) -> None:
         if field_format not in FIELD_FORMATS:
             raise ValueError(f"unknown field_format '{field_format}', expected one of {list(FIELD_FORMATS)}")
         self.output_dir = Path(output_dir)
         self.pairs = {(_name(p, "moving"), _name(p, "fixed")): p for p in pairs}
         self.field_format = field_format
+        self.maps = tuple(maps)
 
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
@@ -99,13 +108,16 @@ class RegistrationWriter:
         if "inverse_ddf" in output:
             inverse = output["inverse_ddf"][item : item + 1]
             _write_inverse(folder, inverse, old, (moving, fixed), self.field_format)
+        given = {name: output[name][item : item + 1] for name in self.maps if name in output}
+        maps = {name: _write_map(folder, name, seen_map, old[0], fixed) for name, seen_map in given.items()}
         # Before registration: where the network met the moving scan, which is the centres of both grids together.
         before = warp(image, start, padding="zeros")
         old_image, new_image = _to_one_scale(image, before, moved)
         target = _image(fixed, seen.device)
         (target,) = _to_one_scale(target, target)
         labels: dict[str, Any] = _moved_labels(folder, pair, ddf, start, fixed) if pair.get("moving_label") else {}
-        figure = registration_figure(old_image[0], target[0], new_image[0], ddf[0], **labels, **_view(fixed))
+        view = {"weight_map": maps.get("weight_map"), **_view(fixed)}
+        figure = registration_figure(old_image[0], target[0], new_image[0], ddf[0], **labels, **view)
         figure.savefig(folder / "registration.png", dpi=110)
         # JSON has no NaN: what could not be measured is null.
         metrics = {k: [None if v != v else v for v in values[item].tolist()] for k, values in output["metrics"].items()}
@@ -130,6 +142,14 @@ def _write_inverse(
     back = warp(_image(fixed, seen.device), field, padding="zeros")
     save_field(folder / "inverse_ddf.nii.gz", field, moving.affine_3d, fixed.affine_3d, fmt=field_format)
     save_image(folder / "inverse_moved.nii.gz", back[0, 0].cpu().numpy(), moving.affine_3d)
+
+
+def _write_map(folder: Path, name: str, seen: Tensor, affine: Tensor, fixed: Scan) -> Tensor:
+    """Resample a map (1, 1, *S) from the fixed grid that the network saw to that of the file; write it, (1, *S)."""
+    to_seen = torch.linalg.solve(affine.double().cpu(), torch.from_numpy(fixed.affine)).float()
+    on_file = warp(seen.float(), affine_to_ddf(to_seen, fixed.array.shape).to(seen.device))[0]
+    save_image(folder / f"{name}.nii.gz", on_file[0].cpu().numpy(), fixed.affine_3d)
+    return on_file
 
 
 def _moved_labels(folder: Path, pair: Mapping[str, Any], ddf: Tensor, start: Tensor, fixed: Scan) -> dict[str, Tensor]:

@@ -119,3 +119,14 @@ def test_inverse_and_time_are_measured_where_there_are_any() -> None:
     fields = {"ddf": ddf, "seconds": torch.ones(1, 1), "inverse_ddf": -ddf}
     measured = measures(PairValues(batch, {**fields, "inversion_iterations": torch.tensor([[[3, 4], [5, 6]]])}))
     assert measured["inversion_iterations"].item() == 4.5 and measured["inverse_consistency"].item() > 0.1
+
+
+def test_what_a_network_reports_has_a_column() -> None:
+    label, ddf = pattern()
+    batch = values(label, ddf).known()
+    measures = standard_measures(reported={"weight": "weight_map", "alpha": "alpha"})
+    weight = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
+    measured = measures(PairValues(batch, {"ddf": ddf, "weight_map": weight}))
+    assert measured["weight"].item() == 0.5 and "alpha" not in measured
+    measured = measures(PairValues(batch, {"ddf": ddf, "alpha": torch.tensor([1.25])}))
+    assert measured["alpha"].item() == 1.25 and "weight" not in measured

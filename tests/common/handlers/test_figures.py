@@ -61,6 +61,21 @@ def test_rows_and_columns(dims: int, rows: int) -> None:
     assert figure_to_array(figure).std() > 10
 
 
+@pytest.mark.parametrize(("dims", "rows"), [(2, 1), (3, 3)])
+def test_a_weight_map_has_a_panel_of_its_own(dims: int, rows: int) -> None:
+    given = example(dims)
+    weight = torch.ones_like(given["fixed"])
+    weight[0, 10:] = 0.0
+    figure = registration_figure(**given, weight_map=weight)
+    names = [a.get_label() for a in figure.axes if a.get_label()[-1].isdigit()]
+    assert len(names) == rows * 8 and [a.get_title() for a in figure.axes if a.get_title()][-1] == "weight map"
+    assert next(a for a in figure.axes if a.get_label() == "weight_scale").get_xlim() == (0.0, 1.0)
+    shown = panel(figure, "weight", rows - 1)
+    # The ends of viridis, where the map is 1 and where it is 0.
+    assert has_colour(shown[:, 5:6], "#fde725") and has_colour(shown[:, -6:-5], "#440154")
+    assert not has_colour(shown[:, 5:6], "#440154")
+
+
 def test_pyplot_knows_nothing_of_it() -> None:
     import matplotlib.pyplot as plt
 

@@ -86,3 +86,12 @@ def test_a_trainer_need_not_have_warped_anything(tmp_path: Path) -> None:
     whole = _item(given, 1)
     bare = _item({name: value for name, value in given.items() if name != "moved"}, 1)
     assert torch.equal(whole["moved"], bare["moved"]) and torch.equal(bare["moved_label"], bare["moving_label"])
+
+
+def test_a_weight_map_is_drawn_where_there_is_one(tmp_path: Path) -> None:
+    for name, more in (("without", {}), ("with", {"weight_map": torch.rand(2, 1, 14, 12)})):
+        engine = Engine(lambda e, b, more=more: output(2, **more))
+        PictureSaver(tmp_path / name, count=1).attach(engine)
+        engine.run([0])
+    plain, wider = (Image.open(next((tmp_path / name).iterdir())) for name in ("without", "with"))
+    assert wider.width > plain.width and wider.height == plain.height

@@ -41,9 +41,15 @@ def pair(tmp_path: Path) -> dict[str, Any]:
 
 
 def register(
-    folder: Path, pair: dict[str, Any], *, shift: float = 1.0, inverse: bool = False, **options: Any
+    folder: Path,
+    pair: dict[str, Any],
+    *,
+    shift: float = 1.0,
+    inverse: bool = False,
+    weight: torch.Tensor | None = None,
+    **options: Any,
 ) -> list[int]:
-    """Write a shift along the first axis (and its inverse); returns how many batches were processed."""
+    """Write a shift along the first axis (its inverse, a map); returns how many batches were processed."""
     processed: list[int] = []
 
     def step(engine: Engine, batch: Any) -> dict[str, Any]:
@@ -53,6 +59,7 @@ def register(
         ddf[:, 0] = shift
         grids = {name: torch.eye(4, dtype=torch.float64)[None] for name in ("fixed_affine", "moving_affine")}
         fields = {"ddf": ddf, "inverse_ddf": -ddf} if inverse else {"ddf": ddf}
+        fields |= {} if weight is None else {"weight_map": weight}
         return {"moving_id": ["moving"], "fixed_id": ["fixed"], "metrics": measured, **fields, **grids}
 
     engine = Engine(step)
@@ -90,9 +97,24 @@ def test_the_inverse_lies_on_the_moving_grid(pair: dict[str, Any], tmp_path: Pat
     assert torch.allclose(field[0], -torch.ones(fine.shape)) and np.allclose(field[2].numpy(), expected, atol=1e-5)
 
 
+def test_a_map_lies_on_the_grid_of_the_fixed_file(pair: dict[str, Any], tmp_path: Path) -> None:
+    # The fixed file runs the other way along the first axis, is finer along the last and wider along the second.
+    affine = np.array([[-1, 0, 0, SHAPE[0] - 1], [0, 1, 0, -1], [0, 0, 0.5, 0], [0, 0, 0, 1.0]])
+    nib.save(nib.Nifti1Image(np.random.default_rng(1).random((9, 10, 13)).astype(np.float32), affine), pair["fixed"])
+    weight = torch.linspace(0, 1, SHAPE[2]).expand(1, 1, *SHAPE).clone()
+    weight[:, :, 0] = 0.25
+    register(tmp_path / "out", pair, weight=weight)
+    found = load_image(tmp_path / "out/weight_map.nii.gz")
+    assert found.array.shape == (9, 10, 13) and np.allclose(found.affine, affine)
+    assert np.allclose(found.array[:-1], np.linspace(0, 1, 13), atol=1e-6)
+    assert np.allclose(found.array[-1], 0.25)
+    register(tmp_path / "none", pair, weight=weight, maps=[])
+    assert not (tmp_path / "none/weight_map.nii.gz").exists()
+
+
 def test_without_an_inverse_none_is_written(pair: dict[str, Any], tmp_path: Path) -> None:
     register(tmp_path / "out", pair)
-    assert not list((tmp_path / "out").glob("inverse*"))
+    assert not list((tmp_path / "out").glob("inverse*")) and not (tmp_path / "out/weight_map.nii.gz").exists()
 
 
 def test_a_label_on_another_grid_is_refused(pair: dict[str, Any], tmp_path: Path) -> None:
