@@ -23,7 +23,7 @@ from common.data.download import cache_folder
 __all__ = ["EMBEDDED", "default_folder", "json_path", "require_files"]
 
 # Cohorts that are made on first use.
-EMBEDDED = ("synthetic", "cine")
+EMBEDDED = ("synthetic", "cine", "sliding")
 _SHOWN = 5
 
 
