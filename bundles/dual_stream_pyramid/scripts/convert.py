@@ -23,7 +23,8 @@
 ``DST.pt`` is a plain state dict. Whatever stands before the names, such as ``module.`` or the ``unet_model.`` of a
 wrapper, is taken off. Sampling grids, coordinate systems and index buffers are dropped: they tie a checkpoint to an
 image size. A name that is not known, and a weight that should be there and is not, are errors.
-Nothing but tensors and numbers is ever unpickled. Torch and numpy are all it needs.
+Nothing but tensors and numbers is ever unpickled. In an unpacked bundle, which has no ``bundles`` folder and ``common``
+beside ``scripts``, it is ``python -m scripts.convert``.
 
 TransMorph differs by more than names: its last layer is halved, because its authors enlarge a field at half resolution
 without doubling the values and ours doubles them (see ``transmorph.py`` for what else its weights carry); its bias
@@ -38,14 +39,12 @@ names behind a prefix.
 from __future__ import annotations
 
 import logging
-import pickle
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from common.io.published import read_checkpoint
 
 if __package__:
     from .conversion import NETWORKS, check_network, to_published, to_warpzoo
@@ -55,38 +54,6 @@ else:  # as a script: its folder is on the path, no package is
 __all__ = ["NETWORKS", "convert", "read_checkpoint", "to_published", "to_warpzoo"]
 
 logger = logging.getLogger(__name__)
-
-_CONTAINERS = ("state_dict", "model_state_dict", "registration_network")
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, bare or under one of the names that the authors use.
-
-    Numpy scalars are allowed beside tensors (scores are stored as such); everything else that would run code is
-    refused.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when the file is no torch checkpoint, holds other Python objects, or has no state dict.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [(scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype]
-    allowed += [type(np.dtype(kind)) for kind in ("float32", "float64", "int64")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} was not read: it is no torch checkpoint of tensors and numbers, and nothing else is unpickled "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    if isinstance(content, Mapping):
-        state = next((content[key] for key in _CONTAINERS if key in content), content)
-        if isinstance(state, Mapping) and state and all(isinstance(v, Tensor) for v in state.values()):
-            return dict(state)
-    raise ValueError(f"{path} holds neither a state dict nor one under {' or '.join(map(repr, _CONTAINERS))}")
 
 
 def convert(source: str, destination: str, network: str, window: Sequence[int] | None = None) -> None:

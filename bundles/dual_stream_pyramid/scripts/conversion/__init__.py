@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Published weights under our names and in our layout; torch and numpy are all it needs."""
+"""Published weights under our names and in our layout."""
 
 from __future__ import annotations
 

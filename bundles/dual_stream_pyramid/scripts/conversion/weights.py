@@ -17,21 +17,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from common.io.published import permute_merge
+
 from .names import NETWORKS, OURS, TABLE, THEIRS
 from .renaming import rename, without_prefix
 
 __all__ = ["check_network", "to_published", "to_warpzoo"]
-
-# (h, w, d) offsets of the eight sub-grids in the order in which TransMorph's patch merging concatenates them; ours
-# (MONAI's PatchMergingV2) counts in binary.
-_MERGE_ORDER = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1))
-_TO_BINARY = sorted(range(8), key=lambda k: _MERGE_ORDER[k])
-_FROM_BINARY = [_TO_BINARY.index(k) for k in range(8)]
-
-
-def _permute_merge(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """Permute the eight channel groups in the last axis."""
-    return tensor.unflatten(-1, (8, -1))[..., list(order), :].flatten(-2).contiguous()
 
 
 def _window(rows: int, window: Sequence[int] | None) -> tuple[int, ...]:
@@ -51,7 +42,7 @@ def _transmorph_layout(state: dict[str, Tensor], window: Sequence[int] | None) -
             shape = [2 * w - 1 for w in _window(tensor.shape[0], window)]
             tensor = tensor.T.unflatten(1, shape).contiguous()
         elif name.startswith("encoder.merges."):
-            tensor = _permute_merge(tensor, _TO_BINARY)
+            tensor = permute_merge(tensor, to_published=False)
         elif name.startswith("head."):
             tensor = tensor / 2
         result[name] = tensor
@@ -65,7 +56,7 @@ def _published_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(TABLE):
             tensor = tensor.flatten(1).T.contiguous()
         elif ".downsample." in name:
-            tensor = _permute_merge(tensor, _FROM_BINARY)
+            tensor = permute_merge(tensor, to_published=True)
         elif name.startswith("reg_head."):
             tensor = tensor * 2
         result[name] = tensor
