@@ -57,7 +57,9 @@ def _smooth(seed: int, amplitude: float = 2.0) -> Tensor:
     return nn.functional.interpolate(coarse, size=(24, 24), mode="bicubic", align_corners=True)
 
 
-def _run(update: str, diffeomorphic: bool, amplitude: float = 2.0) -> tuple[Any, list[Tensor], TimeSteps, Tensor]:
+def _run(
+    update: str, diffeomorphic: bool, amplitude: float = 2.0, inverse: bool = False
+) -> tuple[Any, list[Tensor], TimeSteps, Tensor]:
     fields = [_smooth(seed, amplitude) for seed in range(3)]
     loop = TimeSteps(
         2,
@@ -74,7 +76,7 @@ def _run(update: str, diffeomorphic: bool, amplitude: float = 2.0) -> tuple[Any,
     )
     loop.steps = nn.ModuleList(_Fixed(field) for field in fields)
     moving = torch.rand(1, 1, 24, 24)
-    return loop(moving, torch.rand(1, 1, 24, 24), torch.rand(1, 4, 12, 12)), fields, loop, moving
+    return loop(moving, torch.rand(1, 1, 24, 24), torch.rand(1, 4, 12, 12), inverse), fields, loop, moving
 
 
 def test_parameters_of_the_published_body() -> None:
@@ -121,6 +123,38 @@ def test_diffeomorphic_updates_do_not_fold(update: str) -> None:
     folded = jacobian_determinant(_run(update, False, 3.5)[0].ddf)[..., 3:-3, 3:-3].min()
     mended = jacobian_determinant(_run(update, True, 3.5)[0].ddf)[..., 3:-3, 3:-3].min()
     assert folded < 0 < mended
+
+
+@pytest.mark.parametrize("update", TimeSteps.updates)
+def test_velocities_run_backwards_give_the_inverse(update: str) -> None:
+    out = _run(update, True, 1.0, inverse=True)[0]
+    inside = (..., slice(7, -7), slice(7, -7))  # from farther out one comes from beyond the border
+    assert out.ddf[inside].abs().max() > 2
+    for outer, inner in ((out.ddf, out.inverse_ddf), (out.inverse_ddf, out.ddf)):
+        assert compose(outer, inner)[inside].abs().max() < 0.1
+
+
+def test_the_inverse_of_composed_flows_undoes_the_last_step_last() -> None:
+    out, (a, b, c), _, _ = _run("composition", True, inverse=True)
+    torch.testing.assert_close(out.inverse_ddf, compose(integrate(-c), compose(integrate(-b), integrate(-a))))
+    assert _run("composition", True)[0].inverse_ddf is None
+
+
+def test_displacements_have_no_inverse_to_give() -> None:
+    with pytest.raises(ValueError, match="inverse needs diffeomorphic=True"):
+        _run("composition", False, inverse=True)
+
+
+def test_the_inverse_is_given_when_asked_for_and_in_image_voxels() -> None:
+    network = _network(inverse=True, update="addition")
+    for step in network.time_steps.steps:
+        nn.init.constant_(step.head.conv.weight, 0.0)
+        nn.init.constant_(step.head.conv.bias, 0.5)
+    image = torch.rand(1, 2, 33, 30)
+    torch.testing.assert_close(network.fields(image)["inverse_ddf"], torch.full((1, 2, 33, 30), -3.0))
+    torch.testing.assert_close(network(image), torch.full((1, 2, 33, 30), 3.0))
+    network.inverse = False
+    assert "inverse_ddf" not in network.fields(image)
 
 
 @pytest.mark.parametrize("name", sorted(_TINY))
