@@ -33,6 +33,7 @@ from common.data.layouts import list_folders, use_layout
 from common.data.places import EMBEDDED, default_folder, json_path, require_files
 from common.data.subject_folders import list_subject_folders
 from common.data.subsets import hold_out_pairs, nested_subset, set_pairs_aside
+from common.data.truth import TRUTH_KEYS
 
 __all__ = ["Cohort", "cohort_from_json", "load_cohort"]
 
@@ -50,7 +51,7 @@ class Cohort:
         name: of the data set.
         training: subjects with ``id``, ``image`` and, where there is one, ``label`` and ``mask``; absolute paths.
         validation, test: pairs with ``moving``, ``fixed``, ``moving_id``, ``fixed_id`` and, where known,
-            ``moving_label``, ``fixed_label``, ``moving_mask``, ``fixed_mask``.
+            ``moving_label``, ``fixed_label``, ``moving_mask``, ``fixed_mask``, and what :mod:`common.data.truth` reads.
         training_pairs: pairs, where the JSON lists some for training (Learn2Reg's ``training_paired_images``).
         labels: name by value; without entries when the JSON has none.
         shape: of every image, where the JSON states one.
@@ -99,7 +100,8 @@ class Cohort:
 
     def files(self) -> list[str]:
         """Every file that the cohort names, once, in order."""
-        keys = ("image", "label", "mask", *(f"{r}{k}" for r in ("moving", "fixed") for k in ("", "_label", "_mask")))
+        sides = (f"{role}{key}" for role in ("moving", "fixed") for key in ("", "_label", "_mask"))
+        keys = ("image", "label", "mask", *sides, *TRUTH_KEYS)
         entries = [
             *self.training,
             *self.training_pairs,
@@ -313,7 +315,7 @@ class _Reader:
             for key in (role, f"{role}_label", f"{role}_mask"):
                 if key in result:
                     result[key] = self._absolute(result[key])
-        return result
+        return result | {key: self._absolute(entry[key]) for key in TRUTH_KEYS if key in entry}
 
     def _partner(self, image: str) -> Entry:
         """Labels and masks of an image named alone: from another entry, else Learn2Reg's ``labelsTr/`` beside it."""

@@ -39,6 +39,7 @@ from common.data.pairing import (
     Triplets,
     generator_for,
 )
+from common.data.truth import known_truths, load_truth
 
 __all__ = ["PairDataset", "STRATEGIES"]
 
@@ -65,7 +66,9 @@ class PairDataset(EpochDataset):
 
     An item is a dict of plain tensors: ``moving``, ``fixed`` (C,*S); ``moving_label``, ``fixed_label`` (1,*S) int32
     and ``moving_mask``, ``fixed_mask`` where *every* subject has one and the transform loads it; ``moving_affine``,
-    ``fixed_affine`` (d+1,d+1) float64, voxel to RAS mm, after the transform; ``moving_id``, ``fixed_id`` str.
+    ``fixed_affine`` (d+1,d+1) float64, voxel to RAS mm, after the transform; ``moving_id``, ``fixed_id`` str; and
+    ``true_ddf`` (d,*S), ``moving_points``, ``fixed_points`` (N,d) where *every* listed pair knows its field or has
+    landmarks (:mod:`common.data.truth`), on the grid after the transform too.
 
     Random pairs depend on ``(seed, epoch, index)`` alone. Samplers give every rank and worker its own indices, so the
     draws differ among them and yet do not change with their number. :meth:`set_epoch` also reaches workers that are
@@ -94,6 +97,9 @@ class PairDataset(EpochDataset):
             even number of ranks the two directions are in the same step, on neighbouring ranks.
         cache_workers: threads that fill the cache.
         progress: show a bar while the cache of more than 50 subjects is filled.
+
+    Attributes:
+        truths: which of ``true_ddf`` and ``landmarks`` items carry, for measures that need them.
 
     Raises:
         ValueError: for an unknown strategy, too few subjects, repeated ids, an unknown atlas, data of the wrong kind,
@@ -139,9 +145,13 @@ class PairDataset(EpochDataset):
         self.augment, self.seed, self.strategy = augment, int(seed), strategy
         self.subjects: list[dict[str, Any]]
         self.pairing: Pairing
+        self.truths: list[str] = []
+        self._pairs: dict[tuple[int, int], Mapping[str, Any]] = {}
         if strategy == "listed":
             self.subjects, listed = _split_pairs(data)
             self.pairing = Listed(listed, self.seed, length)
+            self.truths = known_truths(data)
+            self._pairs = dict(zip(listed, data, strict=True)) if self.truths else {}
         else:
             self.subjects = _with_ids(data)
             own_length = None if both_directions else length
@@ -215,6 +225,8 @@ class PairDataset(EpochDataset):
             item[role] = subject["image"]
             item |= {f"{role}_{key}": value for key, value in subject.items() if key != "image"}
             item[f"{role}_id"] = self.subjects[position]["id"]
+        if self.truths:
+            item |= load_truth(self._pairs[moving, fixed], item, self.truths)
         return item if self.augment is None else self._augmented(item, index, epoch)
 
     def _in_range(self, index: int) -> int:

@@ -28,6 +28,7 @@ from common.metrics import (
     Reported,
     Similarity,
     StdLogJacobian,
+    TargetRegistrationError,
 )
 
 __all__ = ["standard_measures"]
@@ -45,6 +46,7 @@ def standard_measures(
     inverse: bool = False,
     seconds: bool = False,
     reported: Mapping[str, str] | None = None,
+    landmarks: bool = False,
 ) -> MetricCollection:
     """Similarity and regularity always; overlap where there are labels; each overlap also before registration.
 
@@ -60,11 +62,13 @@ def standard_measures(
         seconds: also how long the network took for each pair.
         reported: further columns by name, each with the network's output whose mean it holds, such as
             ``{"weight": "weight_map"}``; without a value where the network does not give that output.
+        landmarks: also the distance in mm of landmarks from their partners, for pairs that carry ``fixed_points`` and
+            ``moving_points``.
 
     Returns:
         the measures, named ``similarity`` (1 is best), ``dice``, ``hd95``, ``asd``, ``ndv``, ``folds``, ``sdlogj``,
-        ``epe``, ``inverse_consistency``, ``inversion_iterations``, ``seconds``, with the suffix ``_before`` for the
-        value before registration.
+        ``epe``, ``tre``, ``inverse_consistency``, ``inversion_iterations``, ``seconds``, with the suffix ``_before``
+        for the value before registration.
 
     Raises:
         ValueError: for an unknown definition.
@@ -76,6 +80,10 @@ def standard_measures(
         entries |= _learn2reg(labels, surface, "_l2r" if definition == "both" else "")
     if true_field:
         entries["epe"] = {"metric": EndpointError(), "inputs": ["ddf", "true_ddf"]}
+    if landmarks:
+        points = {"points": "fixed_points", "target": "moving_points", "spacing": "moving_spacing"}
+        entries["tre_before"] = {"metric": TargetRegistrationError(), "inputs": points}
+        entries["tre"] = {"metric": TargetRegistrationError(), "inputs": {**points, "ddf": "ddf"}}
     if inverse:
         fields, solver = ["ddf", "inverse_ddf"], ["inversion_iterations"]
         entries["inverse_consistency"] = {"metric": InverseConsistency(), "inputs": fields, "required": False}

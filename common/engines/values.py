@@ -53,7 +53,7 @@ class PairValues(Mapping[str, Any]):
     (nearest voxel, as Learn2Reg's organisers warp labels), and the differentiable
     ``moving_onehot``, ``fixed_onehot`` and ``moved_onehot`` (one channel per entry of ``labels``),
     ``inverse_moved`` and ``inverse_moved_onehot`` (the fixed image and its labels, brought to the moving grid by the
-    network's ``inverse_ddf``), and ``fixed_spacing`` (B, d), the voxel size in mm from ``fixed_affine``.
+    network's ``inverse_ddf``), and ``moving_spacing`` and ``fixed_spacing`` (B, d), voxel sizes in mm from the affines.
 
     Args:
         batch: what the loader gave, on the device.
@@ -74,6 +74,7 @@ class PairValues(Mapping[str, Any]):
             "moved_onehot": ("moving_label", lambda: warp(self["moving_onehot"], self["ddf"])),
             "inverse_moved": ("inverse_ddf", lambda: warp(self["fixed"], self["inverse_ddf"])),
             "inverse_moved_onehot": ("inverse_ddf", lambda: warp(self["fixed_onehot"], self["inverse_ddf"])),
+            "moving_spacing": ("moving_affine", lambda: self["moving_affine"][:, :-1, :-1].norm(dim=1)),
             "fixed_spacing": ("fixed_affine", lambda: self["fixed_affine"][:, :-1, :-1].norm(dim=1)),
         }
 
