@@ -24,6 +24,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.tri import Triangulation
 
 __all__ = ["Landscape", "Point"]
@@ -138,7 +139,8 @@ class Landscape:
             axis = figure.add_subplot(1, 2, place, label=name)
             self._panel(axis, rows, name, colours)
             axis.set(xlabel=self.axes[0], ylabel=self.axes[1], title=f"{name}{', %' if name == 'ndv' else ''}")
-            axis.plot(*self.best, marker="*", markersize=17, color="#ff2d2d", markeredgecolor="white", linestyle="none")
+            axis.locator_params(nbins=6)
+            axis.plot(*self.best, marker="*", markersize=17, color="#ff2d2d", markeredgecolor="white", clip_on=False)
         values = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.axes, self.best, strict=True))
         figure.suptitle(f"best: {values}", fontsize=11)
         return figure
@@ -149,13 +151,13 @@ class Landscape:
         triangles = _triangles(x, y, self.ranges)
         if triangles is not None:
             shown = axis.tricontourf(triangles, z, levels=_levels(z), cmap=colours)
-            axis.figure.colorbar(shown, ax=axis)  # type: ignore[union-attr]
+            axis.figure.colorbar(shown, ax=axis, format="%.3g", ticks=MaxNLocator(6))  # type: ignore[union-attr]
             if name == "ndv" and self.max_ndv is not None and z.min() < self.max_ndv < z.max():
                 axis.tricontour(triangles, z, levels=[self.max_ndv], colors="white", linestyles="dashed")
         whole = np.array([row["cases"] == self.cases for row in known], dtype=bool)
-        marks: dict[str, Any] = {"linestyle": "none", "marker": "o", "markeredgecolor": "white", "markersize": 5}
-        axis.plot(x[whole], y[whole], color="black", **marks)
-        axis.plot(x[~whole], y[~whole], color="none", **marks)
+        marks: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5, "clip_on": False}
+        axis.plot(x[whole], y[whole], color="white", markeredgecolor="black", **marks)
+        axis.plot(x[~whole], y[~whole], color="none", markeredgecolor="0.6", **marks)
 
 
 def _triangles(x: np.ndarray, y: np.ndarray, ranges: Sequence[tuple[float, float]]) -> Triangulation | None:
