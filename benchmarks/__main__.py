@@ -11,7 +11,7 @@
 """``make bench``: every measurement as one table, and as JSON for whoever wants to plot it.
 
 ``python -m benchmarks [--output runs/benchmarks.json] [--size 96]
-[--only spatial losses transforms dual_stream gradirn]``
+[--only spatial losses transforms dual_stream gradirn spatially_varying]``
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import format_table
 
-AREAS = ("spatial", "losses", "transforms", "dual_stream", "gradirn")
+AREAS = ("spatial", "losses", "transforms", "dual_stream", "gradirn", "spatially_varying")
 _SIZED = ("spatial", "losses")
 
 
