@@ -339,6 +339,7 @@ SPLITS = {
     "abdomen_ct": abdomen_ct,
     "ixi": ixi,
     **{name: partial(one_folder_a_subject, name) for name in ("acdc", "camcan", "mnms", "ukbb")},
+    "autopet": partial(facts, "autopet"),
 }
 
 

@@ -13,22 +13,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.data.datalist import (
-    Entry,
-    clean_path,
-    is_pair,
-    parse_labels,
-    parse_pairs,
-    parse_subjects,
-    read_json,
-    unique_ids,
-)
+from common.data.datalist import Entry, is_pair, parse_labels, parse_pairs, parse_subjects, read_json
+from common.data.entry_reader import EntryReader
 from common.data.layouts import list_folders, use_layout
 from common.data.places import EMBEDDED, default_folder, json_path, require_files
 from common.data.subject_folders import list_subject_folders
@@ -49,9 +40,11 @@ class Cohort:
 
     Attributes:
         name: of the data set.
-        training: subjects with ``id``, ``image`` and, where there is one, ``label`` and ``mask``; absolute paths.
+        training: subjects with ``id``, ``image`` and, where there is one, ``label`` and ``mask``; absolute paths. Where
+            an image has several channels, ``image`` is the first one's file and ``channels`` lists those of the others.
         validation, test: pairs with ``moving``, ``fixed``, ``moving_id``, ``fixed_id`` and, where known,
-            ``moving_label``, ``fixed_label``, ``moving_mask``, ``fixed_mask``, and what :mod:`common.data.truth` reads.
+            ``moving_label``, ``fixed_label``, ``moving_mask``, ``fixed_mask``, ``moving_channels``,
+            ``fixed_channels``, and what :mod:`common.data.truth` reads.
         training_pairs: pairs, where the JSON lists some for training (Learn2Reg's ``training_paired_images``).
         labels: name by value; without entries when the JSON has none.
         shape: of every image, where the JSON states one.
@@ -94,6 +87,12 @@ class Cohort:
         return bool(self.meta.get("stacks", False))
 
     @property
+    def label_map(self) -> dict[int, int]:
+        """The label of each value in the files, where the JSON merges some; what it leaves out is background."""
+        merged: Mapping[str, Sequence[int]] = self.meta.get("label_map", {})
+        return {int(value): int(label) for label, values in merged.items() for value in values}
+
+    @property
     def foreground_labels(self) -> list[int]:
         """The label values without 0, the background."""
         return [value for value in self.labels if value != 0]
@@ -109,7 +108,10 @@ class Cohort:
             *self.test,
             *([self.atlas] if self.atlas else []),
         ]
-        return list(dict.fromkeys(entry[key] for entry in entries for key in keys if key in entry))
+        single = (entry[key] for entry in entries for key in keys if key in entry)
+        lists = ("channels", "moving_channels", "fixed_channels")
+        further = (path for entry in entries for key in lists for path in entry.get(key, ()))
+        return list(dict.fromkeys([*single, *further]))
 
 
 def load_cohort(
@@ -143,8 +145,9 @@ def load_cohort(
         test_list: which of the JSON's lists is ``test``, such as ``"test_020"``. Default: ``"test"``.
         download: fetch the data when they are missing (``"hippocampus"`` only).
         must_exist: check at once that every file is there.
-        spatial_dims: 2 or 3: which of the synthetic and sliding cohorts; other cohorts have to be of this dimension,
-            stacks of slices of dimension 2. Default: 3 for ``"synthetic"``, 2 for ``"sliding"``, any for others.
+        spatial_dims: 2 or 3: which of the synthetic and sliding cohorts; other cohorts have to be of this dimension.
+            Stacks of slices are of dimension 2 where slices are registered one by one, and volumes where it is 3.
+            Default: 3 for ``"synthetic"``, 2 for ``"sliding"`` and stacks, any for others.
         hold_out: part of the training subjects that become validation pairs where the JSON lists none, always the same.
         synthetic: ``anatomy_seed``, ``spatial_size`` and ``magnitude`` of an embedded cohort, see
             :func:`common.data.synthetic.synthetic_cohort`, :func:`common.data.cine.cine_cohort` and
@@ -172,6 +175,8 @@ def load_cohort(
 
             dataset_dir = download_dataset(str(name_or_json), dataset_dir)
         cohort = cohort_from_json(path, dataset_dir, test_list=test_list)
+        if cohort.stacks and spatial_dims == 3:
+            cohort.meta = {**cohort.meta, "stacks": False, "tensorImageSize": {"0": "3D"}}
         if spatial_dims is not None and cohort.spatial_dims not in (None, spatial_dims):
             raise ValueError(f"cohort '{cohort.name}' is {cohort.spatial_dims}-D, spatial_dims is {spatial_dims}")
     if hold_out is not None and not cohort.validation:
@@ -238,7 +243,7 @@ def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: st
     training = content.get("training", [])
     raw_subjects = [entry for entry in training if not is_pair(entry)]
     raw_pairs = [entry for entry in training if is_pair(entry)] + content.get("training_paired_images", [])
-    reader = _Reader(content, root, str(path))
+    reader = EntryReader(content, root, str(path))
     subjects = parse_subjects(raw_subjects, f"{path}: training")
     pairs = {
         "training_pairs": parse_pairs(raw_pairs, f"{path}: training pairs"),
@@ -263,74 +268,6 @@ def cohort_from_json(path: str | Path, dataset_dir: str | Path, *, test_list: st
         meta={key: value for key, value in content.items() if not isinstance(value, list)},
         **{name: [reader.pair(entry) for entry in listed] for name, listed in pairs.items()},
     )
-
-
-class _Reader:
-    """Turns the entries of one JSON into entries with ids and absolute paths."""
-
-    def __init__(self, content: Mapping[str, Any], root: Path, where: str) -> None:
-        self.content, self.root, self.where = content, root, where
-        self.ids: dict[str, str] = {}
-        self.partners: dict[str, Entry] = {}
-
-    def pairs(self, named: tuple[str, Any]) -> list[Entry]:
-        """The pairs of one list, made consecutively where it lists single images."""
-        name, entries = named
-        if all(is_pair(entry) for entry in entries):
-            return parse_pairs(entries, f"{self.where}: {name}")
-        singles = parse_subjects(entries, f"{self.where}: {name}")
-        logger.info("%s: '%s' lists %d single images: pairing each with the one before", self.where, name, len(singles))
-        made = []
-        for moving, fixed in pairwise(singles):
-            pair: Entry = {}
-            for role, entry in (("moving", moving), ("fixed", fixed)):
-                pair |= {role if key == "image" else f"{role}_{key}": value for key, value in entry.items()}
-            made.append(pair)
-        return made
-
-    def name_files(self, subjects: Iterable[Entry], pairs: Iterable[Entry]) -> None:
-        """Give every image an id, and remember labels and masks so that pairs without them find them."""
-        subjects = list(subjects)
-        images = [entry["image"] for entry in subjects] + [entry[r] for entry in pairs for r in ("moving", "fixed")]
-        self.ids = unique_ids(images)
-        for entry in subjects:
-            image = clean_path(entry["image"])
-            self.ids[image] = str(entry.get("id", self.ids[image]))
-            self.partners[image] = {key: entry[key] for key in ("label", "mask") if key in entry}
-
-    def subject(self, entry: Entry) -> Entry:
-        """A training subject with its id and absolute paths."""
-        image = clean_path(entry["image"])
-        paths: Entry = {key: self._absolute(entry[key]) for key in ("image", "label", "mask") if key in entry}
-        return {**entry, "id": self.ids[image], **paths}
-
-    def pair(self, entry: Entry) -> Entry:
-        """A pair with both ids, labels from the same image's other entries, and absolute paths."""
-        result = dict(entry)
-        for role in ("moving", "fixed"):
-            image = clean_path(entry[role])
-            result.setdefault(f"{role}_id", self.ids[image])
-            for key, value in self._partner(image).items():
-                result.setdefault(f"{role}_{key}", value)
-            for key in (role, f"{role}_label", f"{role}_mask"):
-                if key in result:
-                    result[key] = self._absolute(result[key])
-        return result | {key: self._absolute(entry[key]) for key in TRUTH_KEYS if key in entry}
-
-    def _partner(self, image: str) -> Entry:
-        """Labels and masks of an image named alone: from another entry, else Learn2Reg's ``labelsTr/`` beside it."""
-        if image not in self.partners:
-            folder, name = Path(image).parent, Path(image).name
-            self.partners[image] = {}
-            for key, prefix in (("label", "labels"), ("mask", "masks")):
-                if folder.name.startswith("images"):
-                    candidate = folder.with_name(prefix + folder.name[len("images") :]) / name
-                    if (self.root / candidate).is_file():
-                        self.partners[image][key] = str(candidate)
-        return self.partners[image]
-
-    def _absolute(self, path: str) -> str:
-        return str(self.root / path)
 
 
 def _first(content: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:

@@ -147,7 +147,7 @@ def check_integrity(
     if unknown:
         raise ValueError(f"unknown split(s) {unknown}, expected some of {list(SPLITS)}")
     members = {split: list(_subjects(cohort, split)) for split in chosen}
-    known = set(labels) if labels is not None else set(cohort.labels)
+    known = set(labels) if labels is not None else set(cohort.label_map or cohort.labels)
     files = {entry["image"]: entry for split in chosen for entry in members[split]}
     report, digests = CohortReport(cohort.name), dict[str, str]()
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -187,6 +187,8 @@ class _Checker:
             self._geometry(image)
             self._intensity(image)
             self.digests[entry["image"]] = digest(image.array)
+        for path in entry.get("channels", ()):
+            self._channel(path, image)
         for key in ("label", "mask"):
             if key in entry:
                 self._companion(entry[key], image, is_label=key == "label")
@@ -232,6 +234,14 @@ class _Checker:
             self._problem(scan.path, f"constant image, every voxel is {low:g}")
         self.report.intensity = (low, high)
 
+    def _channel(self, path: str, image: Scan | None) -> None:
+        channel = self._read(path)
+        if channel is None:
+            return
+        self._intensity(channel)
+        if image is not None and (difference := grid_difference(image, channel)):
+            self._problem(path, f"not on the grid of its first channel {image.path} (first != this): {difference}")
+
     def _companion(self, path: str, image: Scan | None, is_label: bool) -> None:
         label = self._read(path)
         if label is None:
@@ -276,7 +286,8 @@ def _subjects(cohort: Cohort, split: str) -> Iterator[Entry]:
 def _sides(pairs: Iterable[Entry]) -> Iterator[Entry]:
     for pair in pairs:
         for role in ("moving", "fixed"):
-            companions = {key: pair[f"{role}_{key}"] for key in ("label", "mask") if f"{role}_{key}" in pair}
+            keys = ("label", "mask", "channels")
+            companions = {key: pair[f"{role}_{key}"] for key in keys if f"{role}_{key}" in pair}
             yield {"id": pair[f"{role}_id"], "image": pair[role], **companions}
 
 

@@ -65,6 +65,10 @@ def use_layout(content: dict[str, Any], root: Path) -> dict[str, Any]:
 def list_folders(content: dict[str, Any], root: Path) -> dict[str, Any]:
     """Replace rules (``{"images": folder, "labels": folder, "count": n, "moving": id}``) by lists.
 
+    Where an image has several channels, each in a file of its own, ``channels`` has what their names end in, such as
+    ``["_0000", "_0001"]``: files with the first ending are listed, and each has its others under ``channels``; the
+    label map is named without an ending.
+
     Args:
         content: of the JSON.
         root: folder of the data.
@@ -81,7 +85,9 @@ def list_folders(content: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def _listed(rule: Mapping[str, Any], content: Mapping[str, Any], root: Path) -> list[Entry]:
     folder = root / rule["images"]
-    names = sorted((path.name for path in folder.glob(_IMAGES)), key=natural_key)
+    endings: list[str] = rule.get("channels", [""])
+    found = (path.name for path in folder.glob(_IMAGES))
+    names = sorted((name for name in found if file_id(name).endswith(endings[0])), key=natural_key)
     if len(names) != rule.get("count", len(names)) or not names:
         raise FileNotFoundError(
             f"cohort '{content.get('name')}': expected {rule.get('count', 'some')} images in {folder}, found "
@@ -89,8 +95,12 @@ def _listed(rule: Mapping[str, Any], content: Mapping[str, Any], root: Path) -> 
         )
     subjects: list[Entry] = []
     for name in names:
-        subject = {"id": file_id(name), "image": f"{rule['images']}/{name}"}
-        subjects.append(subject | ({"label": f"{rule['labels']}/{name}"} if "labels" in rule else {}))
+        stem = file_id(name).removesuffix(endings[0])
+        extension = name.removeprefix(file_id(name))
+        subject: Entry = {"id": stem, "image": f"{rule['images']}/{name}"}
+        if len(endings) > 1:
+            subject["channels"] = [f"{rule['images']}/{stem}{ending}{extension}" for ending in endings[1:]]
+        subjects.append(subject | ({"label": f"{rule['labels']}/{stem}{extension}"} if "labels" in rule else {}))
     if "moving" not in rule:
         return subjects
     return [_pair(content["atlas"], subject) for subject in subjects]

@@ -39,6 +39,7 @@ from common.data.pairing import (
     Triplets,
     generator_for,
 )
+from common.data.subjects import split_pairs, with_ids
 from common.data.truth import known_truths, load_truth
 
 __all__ = ["PairDataset", "STRATEGIES"]
@@ -46,7 +47,7 @@ __all__ = ["PairDataset", "STRATEGIES"]
 logger = logging.getLogger(__name__)
 
 STRATEGIES = ("random_partner", "all_ordered", "atlas", "listed", "intra", "triplets")
-_DRAWN = ("random_partner", "intra")
+_EITHER_WAY = ("random_partner", "intra", "listed")
 _PROGRESS_FROM = 50
 
 
@@ -75,8 +76,10 @@ class PairDataset(EpochDataset):
     already running (``persistent_workers``).
 
     Args:
-        data: subjects (``image``, ``label``?, ``id``?) or, for ``"listed"``, pairs (``moving``, ``fixed``,
-            ``moving_label``?, ``fixed_label``?, ``moving_id``?, ``fixed_id``?); absolute paths.
+        data: subjects (``image``, ``label``?, ``channels``?, ``id``?) or, for ``"listed"``, pairs (``moving``,
+            ``fixed``, ``moving_label``?, ``fixed_label``?, ``moving_channels``?, ``fixed_channels``?, ``moving_id``?,
+            ``fixed_id``?); absolute paths. The transform gets a subject with ``channels`` as a list of all its files
+            under ``image``.
         strategy: ``"random_partner"``, ``"all_ordered"``, ``"atlas"``, ``"listed"``, ``"intra"`` or
             ``"triplets"``; see :mod:`common.data.pairing`. A batch of 3 is one triplet, in order and without a
             sampler that shuffles; a ``DistributedSampler`` would deal its pairs out to different ranks, where
@@ -91,10 +94,10 @@ class PairDataset(EpochDataset):
         group_key: for ``"intra"``: the key that says which scans are of one subject.
         length: pairs an epoch for ``"random_partner"``, ``"listed"``, ``"intra"`` and ``"triplets"``. Default: one for
             each subject (three in triplets), or the list as it is.
-        both_directions: for ``"random_partner"`` and ``"intra"``: items 2k and 2k + 1 are one drawn pair, registered
-            either way: two optimiser steps in a row, or side by side in a batch of two. ``length`` counts both.
-            Without a shuffling sampler they stay together. A ``DistributedSampler`` deals items out in turn: with an
-            even number of ranks the two directions are in the same step, on neighbouring ranks.
+        both_directions: for ``"random_partner"``, ``"intra"`` and ``"listed"``: items 2k and 2k + 1 are one pair,
+            registered either way: two optimiser steps in a row, or side by side in a batch of two. ``length`` counts
+            both. Without a shuffling sampler they stay together. A ``DistributedSampler`` deals items out in turn: with
+            an even number of ranks the two directions are in the same step, on neighbouring ranks.
         cache_workers: threads that fill the cache.
         progress: show a bar while the cache of more than 50 subjects is filled.
 
@@ -103,7 +106,7 @@ class PairDataset(EpochDataset):
 
     Raises:
         ValueError: for an unknown strategy, too few subjects, repeated ids, an unknown atlas, data of the wrong kind,
-            a random transform in ``transform`` together with a cache, or ``both_directions`` of pairs not drawn.
+            a random transform in ``transform`` together with a cache, or ``both_directions`` of a strategy without.
 
     Example:
         >>> from common.data import PairDataset, load_cohort
@@ -133,9 +136,9 @@ class PairDataset(EpochDataset):
         super().__init__()
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown strategy '{strategy}', expected one of {list(STRATEGIES)}")
-        if both_directions and strategy not in _DRAWN:
+        if both_directions and strategy not in _EITHER_WAY:
             raise ValueError(
-                f"both_directions is for pairs that are drawn, by one of {list(_DRAWN)}; strategy '{strategy}' decides "
+                f"both_directions is for pairs of one of {list(_EITHER_WAY)}; strategy '{strategy}' decides "
                 "itself which directions there are"
             )
         _check_kind(data, strategy)
@@ -148,16 +151,19 @@ class PairDataset(EpochDataset):
         self.truths: list[str] = []
         self._pairs: dict[tuple[int, int], Mapping[str, Any]] = {}
         if strategy == "listed":
-            self.subjects, listed = _split_pairs(data)
-            self.pairing = Listed(listed, self.seed, length)
-            self.truths = known_truths(data)
+            self.subjects, listed = split_pairs(data)
+            # Either way, an epoch of the pairs themselves is one round of the list.
+            own_length = len(listed) if both_directions and length is not None else length
+            self.pairing = Listed(listed, self.seed, own_length)
+            # What is known of a pair leads from fixed to moving, and not back.
+            self.truths = [] if both_directions else known_truths(data)
             self._pairs = dict(zip(listed, data, strict=True)) if self.truths else {}
         else:
-            self.subjects = _with_ids(data)
+            self.subjects = with_ids(data)
             own_length = None if both_directions else length
             self.pairing = self._pairing(strategy, atlas, atlas_is, group_key, own_length)
-            if both_directions:
-                self.pairing = BothDirections(self.pairing, length)
+        if both_directions:
+            self.pairing = BothDirections(self.pairing, length)
         self.optional = [k for k in ("label", "mask") if self.subjects and all(s.get(k) for s in self.subjects)]
         self._cache = self._fill(len(self.subjects) if cache is True else int(cache), cache_workers, progress)
 
@@ -188,7 +194,7 @@ class PairDataset(EpochDataset):
                     f"which start with {[subject['id'] for subject in self.subjects[:3]]}"
                 )
             atlas = {"image": str(atlas)}
-        entry = _with_ids([atlas])[0]
+        entry = with_ids([atlas])[0]
         for position, subject in enumerate(self.subjects):
             if str(subject["image"]) == str(entry["image"]):
                 return position
@@ -252,6 +258,8 @@ class PairDataset(EpochDataset):
     def _load(self, position: int) -> dict[str, Tensor]:
         subject = self.subjects[position]
         wanted = {key: subject[key] for key in ("image", *self.optional)}
+        if subject.get("channels"):
+            wanted["image"] = [subject["image"], *subject["channels"]]
         try:
             result = self.transform({**wanted, "id": subject["id"]})
         except Exception as error:
@@ -314,35 +322,3 @@ def _refuse_random(transform: Any) -> None:
     found = [name for name in found if name != "Compose"]
     if found:
         raise ValueError(f"a cached transform must be deterministic, found {found}: pass them as `augment`")
-
-
-def _with_ids(data: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    subjects = [{**entry, "id": str(entry.get("id", entry["image"]))} for entry in data]
-    seen: dict[str, Any] = {}
-    for subject in subjects:
-        if subject["id"] in seen:
-            raise ValueError(
-                f"two subjects have the id '{subject['id']}': {seen[subject['id']]} and {subject['image']}"
-            )
-        seen[subject["id"]] = subject["image"]
-    return subjects
-
-
-def _split_pairs(data: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-    """Pairs to subjects and positions, so that a subject in many pairs is loaded and kept once."""
-    positions: dict[tuple[str, str], int] = {}
-    subjects: list[dict[str, Any]] = []
-    pairs = []
-    for entry in data:
-        pair = []
-        for role in ("moving", "fixed"):
-            subject = {"image": entry[role], "id": str(entry.get(f"{role}_id", entry[role]))}
-            subject |= {k: entry[f"{role}_{k}"] for k in ("label", "mask") if entry.get(f"{role}_{k}")}
-            place = positions.setdefault((subject["id"], str(subject["image"])), len(subjects))
-            if place == len(subjects):
-                subjects.append(subject)
-            else:
-                subjects[place] = {**subject, **subjects[place]}
-            pair.append(place)
-        pairs.append((pair[0], pair[1]))
-    return subjects, pairs

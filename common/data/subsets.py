@@ -71,7 +71,7 @@ def hold_out_pairs(
     """Set subjects aside for validation, and pair each with the next one in a ring.
 
     Args:
-        subjects: with ``id``, ``image`` and perhaps ``label`` and ``mask``.
+        subjects: with ``id``, ``image`` and perhaps ``label``, ``mask`` and ``channels``.
         fraction: of the subjects; at least two are set aside.
         seed: of the choice.
 
@@ -97,7 +97,7 @@ def hold_out_pairs(
         pair: dict[str, Any] = {}
         for role, subject in (("moving", moving), ("fixed", fixed)):
             pair |= {f"{role}_id": subject["id"], role: subject["image"]}
-            pair |= {f"{role}_{key}": subject[key] for key in ("label", "mask") if subject.get(key)}
+            pair |= {f"{role}_{key}": subject[key] for key in ("label", "mask", "channels") if subject.get(key)}
         pairs.append(pair)
     return left, pairs
 

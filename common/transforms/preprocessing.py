@@ -27,12 +27,12 @@ from monai.transforms import (
     Orientationd,
     ResizeWithPadOrCropd,
     ScaleIntensityd,
-    ScaleIntensityRanged,
     Spacingd,
 )
 from torch import Tensor
 
 from common.io.scans import affine_3d, in_plane_affine
+from common.transforms.channels import LoadChannelsd, MapLabelsd, ScaleWindowsd
 
 __all__ = ["CheckScand", "ScalePercentilesd", "SliceAsPlaned", "scan_transforms"]
 
@@ -45,10 +45,12 @@ def scan_transforms(
     spatial_size: Sequence[int] | None = None,
     orientation: str | None = "RAS",
     spacing: Sequence[float] | None = None,
-    intensity: str | Sequence[float] = "percentile",
+    intensity: str | Sequence[float] | Sequence[Sequence[float]] = "percentile",
     label_keys: Sequence[str] | None = None,
     allow_missing_keys: bool = False,
     padding: str = "zeros",
+    channels: int = 1,
+    label_map: Mapping[int, int] | None = None,
 ) -> Compose:
     """Load, orient, resample, window and pad scans, 2-D or 3-D, in the file formats that MONAI reads.
 
@@ -64,20 +66,27 @@ def scan_transforms(
         spacing: voxel size to resample to, in millimetres, linear for images and nearest for labels; None leaves it.
         intensity: "percentile" brings percentiles 0.5 and 99.5 to 0 and 1, clipped; "minmax" brings minimum and
             maximum there; "none" keeps the values. Two numbers are a window: values are clipped to it, and its ends
-            brought to 0 and 1, as for CT in Hounsfield units. A constant image becomes 0 in the first two.
+            brought to 0 and 1, as for CT in Hounsfield units. A constant image becomes 0 in the first two. A list of
+            windows has one for each channel.
         label_keys: which of the keys are label maps; None is those whose name contains "label" or "mask".
         allow_missing_keys: whether items may lack some keys.
         padding: "zeros", or "border" to repeat an image's outermost voxels. Where scans are cut out of larger ones,
             zeros draw a frame around each that a network then aligns, though it is no anatomy. Label maps always get 0.
+        channels: of every image, such as 2 for CT and PET of one body; an item then has a list of files, one a channel,
+            or a file with channels as its last axis. "percentile" and "minmax" scale each channel by itself.
+        label_map: what each value of the label maps becomes; values that it does not name become 0. None or empty
+            leaves them.
 
     Returns:
-        a transform of dictionaries: images (1, *S) float32, label maps (1, *S) int32.
+        a transform of dictionaries: images (channels, *S) float32, label maps (1, *S) int32.
 
     Raises:
-        ValueError: when ``intensity`` or ``padding`` is unknown or a label key is not among the keys.
+        ValueError: when ``intensity`` or ``padding`` is unknown, there is not a window for each channel, or a label key
+            is not among the keys.
     """
     if isinstance(intensity, str) and intensity not in INTENSITIES:
         raise ValueError(f"intensity must be one of {INTENSITIES} or a window (low, high), got {intensity!r}")
+    windows = None if isinstance(intensity, str) else _windows(intensity, channels)
     if padding not in _PADDINGS:
         raise ValueError(f"padding must be one of {sorted(_PADDINGS)}, got {padding!r}")
     if label_keys is None:
@@ -89,9 +98,11 @@ def scan_transforms(
     both = images + labels
     missing: dict[str, Any] = {"allow_missing_keys": allow_missing_keys}
     steps: list[Any] = [LoadImaged(both, image_only=True, **missing), EnsureChannelFirstd(both, **missing)]
+    if channels > 1:
+        steps = [LoadChannelsd(both, **missing)]
     if spatial_size is not None and len(spatial_size) == 2:
         steps += [SliceAsPlaned(both, **missing)]
-    steps += [CheckScand(both, label_keys=labels, **missing)]
+    steps += [CheckScand(both, label_keys=labels, channels=channels, **missing)]
     if orientation is not None:
         codes = orientation[: len(spatial_size)] if spatial_size is not None else orientation
         # These are MONAI's own labels, spelled out because leaving them to the metadata is about to become the default.
@@ -99,13 +110,14 @@ def scan_transforms(
     if spacing is not None:
         steps += [Spacingd(images, pixdim=spacing, mode="bilinear", padding_mode="border", **missing)] if images else []
         steps += [Spacingd(labels, pixdim=spacing, mode="nearest", padding_mode="border", **missing)] if labels else []
-    if not isinstance(intensity, str) and images:
-        low, high = _window(intensity)
-        steps += [ScaleIntensityRanged(images, low, high, 0.0, 1.0, clip=True, **missing)]
+    if windows is not None and images:
+        steps += [ScaleWindowsd(images, windows, **missing)]
     elif intensity == "percentile" and images:
         steps += [ScalePercentilesd(images, **missing)]
     elif intensity == "minmax" and images:
-        steps += [ScaleIntensityd(images, minv=0.0, maxv=1.0, **missing)]
+        steps += [ScaleIntensityd(images, minv=0.0, maxv=1.0, channel_wise=True, **missing)]
+    mapped = [key for key in labels if "label" in key]
+    steps += [MapLabelsd(mapped, label_map, **missing)] if label_map and mapped else []
     if spatial_size is not None:
         size = {"spatial_size": tuple(spatial_size), **missing}
         steps += [ResizeWithPadOrCropd(images, mode=_PADDINGS[padding], **size)] if images else []
@@ -113,6 +125,15 @@ def scan_transforms(
     steps += [EnsureTyped(images, dtype=torch.float32, **missing)] if images else []
     steps += [EnsureTyped(labels, dtype=torch.int32, **missing)] if labels else []
     return Compose(steps)
+
+
+def _windows(values: Sequence[Any], channels: int) -> list[tuple[float, float]]:
+    """One window for each channel; a lone one is for all of them."""
+    one = all(isinstance(value, (int, float)) for value in values)
+    windows = [_window(values)] * channels if one else [_window(window) for window in values]
+    if len(windows) != channels:
+        raise ValueError(f"{channels} channel(s) need as many windows of intensities, got {len(windows)}: {values}")
+    return windows
 
 
 def _window(values: Sequence[float]) -> tuple[float, float]:
@@ -146,29 +167,38 @@ class CheckScand(MapTransform):
 
     Args:
         keys: entries to check; each (C, *S).
-        label_keys: which of them must have integer values.
+        label_keys: which of them must have integer values and one channel.
         allow_missing_keys: whether items may lack some keys.
+        channels: of an image.
     """
 
-    def __init__(self, keys: Sequence[str], label_keys: Sequence[str] = (), allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self,
+        keys: Sequence[str],
+        label_keys: Sequence[str] = (),
+        allow_missing_keys: bool = False,
+        channels: int = 1,
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.label_keys = tuple(label_keys)
+        self.label_keys, self.channels = tuple(label_keys), channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the item as it is.
 
         Raises:
-            ValueError: when an entry has more than one channel, is not 2-D or 3-D, has values that are not finite, or
-                is a label map with fractional values.
+            ValueError: when an entry has another number of channels, is not 2-D or 3-D, has values that are not finite,
+                or is a label map with fractional values.
         """
         item = dict(data)
         for key in self.key_iterator(item):
             scan = item[key]
             name = f"'{key}' ({getattr(scan, 'meta', {}).get('filename_or_obj', 'not from a file')})"
-            if scan.shape[0] != 1:
+            expected = 1 if key in self.label_keys else self.channels
+            if scan.shape[0] != expected:
+                advice = "one: choose one, or save them one by one" if expected == 1 else f"{expected}"
                 raise ValueError(
                     f"{name} has {scan.shape[0]} channels or time points of size {tuple(scan.shape[1:])}, "
-                    "but a scan must have one: choose one, or save them one by one"
+                    f"but a scan must have {advice}"
                 )
             if scan.ndim not in (3, 4):
                 raise ValueError(f"{name} must have 2 or 3 axes in space, got size {tuple(scan.shape[1:])}")
@@ -181,13 +211,13 @@ class CheckScand(MapTransform):
 
 
 class ScalePercentilesd(MapTransform):
-    """Bring two percentiles of an image to 0 and 1, clipped. A constant image becomes 0.
+    """Bring two percentiles of each channel of an image to 0 and 1, clipped. A constant channel becomes 0.
 
     Where most of an image is background, both percentiles may be the same value though the image is not constant: then
     minimum and maximum take their place.
 
     Args:
-        keys: entries to scale; each (1, *S).
+        keys: entries to scale; each (C, *S).
         lower: percentile that becomes 0.
         upper: percentile that becomes 1.
         allow_missing_keys: whether items may lack some keys.
@@ -205,7 +235,9 @@ class ScalePercentilesd(MapTransform):
         """Return the item with its images scaled to float32 in [0, 1]."""
         item = dict(data)
         for key in self.key_iterator(item):
-            item[key] = self._scale(item[key].float())
+            image = item[key].float()
+            scaled = [self._scale(image[channel : channel + 1]) for channel in range(len(image))]
+            item[key] = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
         return item
 
     def _scale(self, image: Tensor) -> Tensor:

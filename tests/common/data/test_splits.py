@@ -25,7 +25,7 @@ import pytest
 
 from common.data import load_cohort
 
-NAMES = ["hippocampus", "oasis2d", "oasis", "lumir", "abdomen_ct", "ixi"]
+NAMES = ["hippocampus", "oasis2d", "oasis", "lumir", "abdomen_ct", "ixi", "autopet"]
 BY_FOLDER = ["acdc", "camcan", "mnms", "ukbb"]  # see test_subject_folders.py
 
 
@@ -105,7 +105,7 @@ def test_published_hashes(repository: Path, name: str, split: str) -> None:
     assert sha(lines) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "ixi"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("ixi", "autopet")])
 def test_splits_are_disjoint_and_pairs_are_of_two_subjects(repository: Path, name: str) -> None:
     content = read(repository, name)
     members = [{entry["id"] for entry in content["training"]}]
@@ -153,3 +153,21 @@ def test_every_json_says_what_a_user_needs(repository: Path, name: str) -> None:
     assert content["name"] == name
     assert not any("/work" in line or "/tmp" in line for line in json.dumps(content).splitlines())
     assert name in (repository / "data_splits/README.md").read_text()
+
+
+def test_autopets_structures_are_totalsegmentators_merged(repository: Path) -> None:
+    content = read(repository, "autopet")
+    merged = {int(label): values for label, values in content["label_map"].items()}
+    assert sorted(merged) == list(range(40)) == sorted(map(int, content["labels"]))
+    assert sorted(value for values in merged.values() for value in values) == list(range(105)), "each value once"
+    assert merged[0] == [0, 50, 51, 52, 53, 54, 93]
+    assert merged[13] == [13, 14] and merged[15] == list(range(18, 42)) and merged[27] == list(range(58, 82))
+    assert [merged[label] for label in (28, 30, 33, 39)] == [[82, 84, 86], [88, 90], [94, 96, 98], [104]]
+
+
+def test_ixi_evaluates_the_published_thirty_of_forty_six_codes(repository: Path) -> None:
+    content = read(repository, "ixi")
+    codes = [int(code) for code in content["labels"]]
+    assert len(codes) == 46 and codes == sorted(codes) and codes[0] == 0
+    positions = [codes.index(code) for code in content["evaluation_labels"]]
+    assert positions == [1, 2, 3, *range(5, 17), 18, *range(20, 24), *range(25, 33), 34, 36] and len(positions) == 30
