@@ -69,7 +69,7 @@ def _norm(name: str, channels: int, spatial_dims: int) -> nn.Module:
 
 
 class ConvUnit(nn.Module):
-    """Convolution k3, normalisation, leaky ReLU.
+    """Convolution k3, normalisation, leaky ReLU, or the last two in the other order.
 
     Args:
         spatial_dims: 2 or 3.
@@ -79,6 +79,7 @@ class ConvUnit(nn.Module):
             running ones used later, so at batch size 1 instance normalisation is the sound choice.
         bias: a bias in the convolution; useless before a norm, which takes it away again.
         slope: of the leaky ReLU.
+        activation_first: put the leaky ReLU before the norm. May be changed later.
     """
 
     def __init__(
@@ -90,15 +91,21 @@ class ConvUnit(nn.Module):
         norm: str = "instance",
         bias: bool = False,
         slope: float = 0.01,
+        activation_first: bool = False,
     ) -> None:
         super().__init__()
         self.conv = convolution(spatial_dims, in_channels, out_channels, bias=bias)
         self.norm = _norm(norm, out_channels, spatial_dims)
         self.slope = slope
+        self.activation_first = activation_first
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, *S) to (B, out_channels, *S)."""
-        return F.leaky_relu(self.norm(self.conv(x)), self.slope)
+        x = self.conv(x)
+        if self.activation_first:
+            normalised: Tensor = self.norm(F.leaky_relu(x, self.slope))
+            return normalised
+        return F.leaky_relu(self.norm(x), self.slope)
 
 
 class UpStage(nn.Module):

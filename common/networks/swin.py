@@ -28,9 +28,9 @@ from monai.networks.blocks.patchembedding import PatchEmbed
 from monai.networks.layers.drop_path import DropPath
 from monai.networks.nets.swin_unetr import PatchMergingV2
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common.networks.base import Encoder, as_tuple
+from common.networks.recompute import recomputed
 
 __all__ = ["SwinBlock", "SwinEncoder", "WindowAttention", "merge_windows", "partition_windows", "shift_mask"]
 
@@ -206,7 +206,7 @@ class SwinStage(nn.Module):
         mask = None if shift is None else shift_mask(padded, self.window_size, shift, x.device)
         for block in self.blocks:
             if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = recomputed(block, x, mask)
             else:
                 x = block(x, mask)
         return x
@@ -258,7 +258,7 @@ class SwinEncoder(Encoder):
         self.strides = tuple(patch_size * 2**i for i in range(len(depths)))
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim, nn.LayerNorm, spatial_dims)
         # One rate a block, over all levels.
-        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
             SwinStage(dim, heads, self.window_size, [next(rates) for _ in range(depth)], mlp_ratio, use_checkpoint)
             for dim, depth, heads in zip(self.feature_channels, depths, num_heads, strict=True)

@@ -12,14 +12,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common.networks.base import (
     Encoder,
@@ -33,6 +32,7 @@ from common.networks.base import (
     to_image_grid,
 )
 from common.networks.blocks import ConvUnit, FlowHead, UpStage, upsample_to
+from common.networks.recompute import recomputed
 from common.spatial import compose, integrate, warp
 
 __all__ = ["PyramidDecoder", "TimeSteps", "TransMorphTVF", "TVFOutput"]
@@ -185,11 +185,10 @@ class TimeSteps(nn.Module):
         """The displacement that the accumulated field stands for inside the loop."""
         return self._exp(total) if self.diffeomorphic and self.update == "addition" else total
 
-    def _run(self, step: Callable[..., tuple[Tensor, Tensor]], *args: Tensor) -> tuple[Tensor, Tensor]:
-        if self.use_checkpoint and torch.is_grad_enabled():
-            out: tuple[Tensor, Tensor] = checkpoint(step, *args, use_reentrant=False)
-            return out
-        return step(*args)
+    def _run(self, step: nn.Module, *args: Tensor) -> tuple[Tensor, Tensor]:
+        recompute = self.use_checkpoint and torch.is_grad_enabled()
+        out: tuple[Tensor, Tensor] = recomputed(step, *args) if recompute else step(*args)
+        return out
 
     def forward(self, moving: Tensor, fixed: Tensor, context: Tensor, inverse: bool = False) -> TVFOutput:
         """Images (B, C, *S) and decoder features (B, context_channels, *s) to fields on S.

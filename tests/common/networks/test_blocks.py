@@ -47,6 +47,17 @@ def test_a_unit_normalises_then_rectifies() -> None:
     torch.testing.assert_close(before.var(dim=(2, 3, 4), unbiased=False), torch.ones(1, 4), atol=1e-3, rtol=0)
 
 
+def test_a_unit_rectifies_then_normalises() -> None:
+    unit, x = ConvUnit(3, 2, 4, activation_first=True), torch.randn(1, 2, 6, 6, 6)
+    out = unit(x)
+    assert out.mean((2, 3, 4)).abs().max() < 1e-5
+    rectified = torch.nn.functional.leaky_relu(unit.conv(x), 0.01).flatten(2)
+    deviation = (rectified.var(2, False, True) + 1e-5).sqrt()
+    torch.testing.assert_close(out.flatten(2), (rectified - rectified.mean(2, True)) / deviation, atol=1e-5, rtol=1e-4)
+    unit.activation_first = False
+    torch.testing.assert_close(unit(x), torch.nn.functional.leaky_relu(unit.norm(unit.conv(x)), 0.01))
+
+
 def test_a_unit_with_batch_norm_keeps_running_statistics() -> None:
     unit = ConvUnit(2, 2, 4, norm="batch")
     unit(torch.randn(2, 2, 8, 8) + 5)
