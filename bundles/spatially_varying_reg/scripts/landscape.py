@@ -133,11 +133,11 @@ class Landscape:
 
     def picture(self) -> Figure:
         """The objective and NDV over the two numbers; dots where all cases were measured, rings where some were."""
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+        figure = Figure(figsize=(10.5, 4.4))
         rows = self.rows()
-        for place, name, colours in ((1, self.objective, "viridis"), (2, "ndv", "magma")):
-            axis = figure.add_subplot(1, 2, place, label=name)
-            self._panel(axis, rows, name, colours)
+        for left, name, colours in ((0.07, self.objective, "viridis"), (0.57, "ndv", "magma")):
+            axis = figure.add_axes((left, 0.13, 0.34, 0.71), label=name)
+            self._panel(figure, axis, rows, name, colours)
             axis.set(xlabel=self.axes[0], ylabel=self.axes[1], title=f"{name}{', %' if name == 'ndv' else ''}")
             axis.locator_params(nbins=6)
             axis.plot(*self.best, marker="*", markersize=17, color="#ff2d2d", markeredgecolor="white", clip_on=False)
@@ -145,13 +145,15 @@ class Landscape:
         figure.suptitle(f"best: {values}", fontsize=11)
         return figure
 
-    def _panel(self, axis: Axes, rows: Sequence[Mapping[str, float]], name: str, colours: str) -> None:
+    def _panel(self, figure: Figure, axis: Axes, rows: Sequence[Mapping[str, float]], name: str, colours: str) -> None:
         known = [row for row in rows if not math.isnan(row[name])]
         x, y, z = (np.array([row[key] for row in known]) for key in (*self.axes, name))
         triangles = _triangles(x, y, self.ranges)
         if triangles is not None:
             shown = axis.tricontourf(triangles, z, levels=_levels(z), cmap=colours)
-            axis.figure.colorbar(shown, ax=axis, format="%.3g", ticks=MaxNLocator(6))  # type: ignore[union-attr]
+            place = axis.get_position()
+            bar = figure.add_axes((place.x1 + 0.015, place.y0, 0.015, place.height), label=f"{name}_scale")
+            figure.colorbar(shown, cax=bar, format="%.3g", ticks=MaxNLocator(6))
             if name == "ndv" and self.max_ndv is not None and z.min() < self.max_ndv < z.max():
                 axis.tricontour(triangles, z, levels=[self.max_ndv], colors="white", linestyles="dashed")
         whole = np.array([row["cases"] == self.cases for row in known], dtype=bool)
