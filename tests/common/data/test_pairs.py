@@ -126,6 +126,26 @@ def test_both_directions_are_one_batch_of_two_or_two_steps(subjects: Subjects, w
     assert steps[1::2] == [(fixed, moving) for moving, fixed in steps[::2]]
 
 
+def test_listed_pairs_go_either_way_too(subjects: Subjects) -> None:
+    pairs = [
+        {"moving": a["image"], "fixed": b["image"], "moving_id": a["id"], "fixed_id": b["id"]}
+        for a, b in zip(subjects[::2], subjects[1::2], strict=True)
+    ]
+    forth = ids(PairDataset(pairs, strategy="listed"))
+    assert ids(PairDataset(pairs, strategy="listed", both_directions=True)) == [
+        pair for moving, fixed in forth for pair in ((moving, fixed), (fixed, moving))
+    ]
+    dataset = PairDataset(pairs, strategy="listed", both_directions=True, length=4, seed=1)
+    rounds = []
+    for epoch in range(8):
+        dataset.set_epoch(epoch)
+        found = ids(dataset)
+        assert found[1::2] == [pair[::-1] for pair in found[::2]] and sorted(found[::2]) == sorted(forth)
+        rounds.append(tuple(found))
+    assert len(set(rounds)) == 2, "each round has an order of its own"
+    assert torch.equal(dataset[0]["moving"], dataset[1]["fixed"])
+
+
 def test_an_even_number_of_ranks_sees_both_directions_in_one_step(subjects: Subjects) -> None:
     dataset = PairDataset(subjects, both_directions=True)
     ranks = [list(DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=False)) for rank in range(2)]

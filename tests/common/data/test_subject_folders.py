@@ -58,6 +58,15 @@ def test_systole_moves_to_diastole(name: str, tmp_path: Path) -> None:
     assert len(load_cohort(name, tmp_path, train_count=1).training_pairs) == 1
 
 
+def test_three_dimensions_take_stacks_as_volumes(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        touch(tmp_path / split, "mnms", split)
+    stacks, volumes = (load_cohort("mnms", tmp_path, spatial_dims=dims) for dims in (2, 3))
+    assert (stacks.stacks, stacks.spatial_dims) == (True, 2) and load_cohort("mnms", tmp_path).stacks
+    assert (volumes.stacks, volumes.spatial_dims) == (False, 3)
+    assert volumes.training_pairs == stacks.training_pairs and volumes.test == stacks.test
+
+
 def test_acdc_as_published_with_frames_from_its_own_file(tmp_path: Path) -> None:
     for number in range(1, 21):
         touch_acdc(tmp_path / "database/training", number, 1, 9 + number % 4)

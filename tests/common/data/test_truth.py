@@ -52,6 +52,11 @@ def test_measures_of_the_true_field_are_perfect(sliding: Cohort) -> None:
     torch.testing.assert_close(still["epe"][:, 0], batch["true_ddf"].norm(dim=1).flatten(1).mean(1))
 
 
+def test_a_truth_leads_one_way_only(sliding: Cohort) -> None:
+    pairs = PairDataset(sliding.test, strategy="listed", both_directions=True)
+    assert pairs.truths == [] and "true_ddf" not in pairs[0] and len(pairs) == 32
+
+
 def test_training_pairs_know_no_truth(sliding: Cohort) -> None:
     pairs = PairDataset(sliding.training_pairs, strategy="listed")
     assert pairs.truths == [] and "true_ddf" not in pairs[0]
