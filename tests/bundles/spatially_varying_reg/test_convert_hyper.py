@@ -126,7 +126,7 @@ def test_dead_weights_are_those_that_the_published_count_has_more() -> None:
 
 def test_others_are_refused() -> None:
     theirs = to_published(_network().state_dict())
-    with pytest.raises(ValueError, match="use convert.py for a plain one"):
+    with pytest.raises(ValueError, match=r"use convert\.py for a plain one"):
         to_warpzoo({name: t for name, t in theirs.items() if not name.startswith("hyper_model")})
     with pytest.raises(ValueError, match="have no place in the published"):
         to_warpzoo(theirs | {"c2.conv.linear_conv.weight": torch.zeros(1, 6)}, window=(2, 2, 2))
