@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import warnings
@@ -21,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bundles.spatially_varying_reg.scripts.generators import LowRankGenerator
 from bundles.spatially_varying_reg.scripts.hyper import HyperTransMorphSPR
 from bundles.spatially_varying_reg.scripts.network import TransMorphSPR
 from common.networks import ConvUnit
@@ -461,3 +463,45 @@ def test_it_warns_where_it_is_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _network(w_range=(0.0, 6.0)).condition(w=6.0)
+
+
+# Cost ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_step_on_brains_takes_less_than_8_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By count, at 160 x 192 x 224 voxels: what the optimiser keeps, what the backward pass is left, and one time step
+    computed again. Nothing is allocated."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no meta device
+
+    def kept(use_checkpoint: bool) -> tuple[int, int]:
+        with torch.device("meta"):
+            network = HyperTransMorphSPR(window_size=(5, 6, 7), use_checkpoint=use_checkpoint)
+            image = torch.empty(1, 2, 160, 192, 224)
+        tensors: dict[int, Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: tensors.setdefault(t.untyped_storage()._cdata, t), lambda t: t
+        ):
+            network.fields(image)
+        own = {p.untyped_storage()._cdata for p in network.parameters()}
+        activations = sum(t.untyped_storage().nbytes() for key, t in tensors.items() if key not in own)
+        return activations, 4 * _count(network)
+
+    recomputed, weights = kept(True)
+    everything, _ = kept(False)
+    step = (everything - recomputed) / 7  # seven equal steps are most of what is computed again
+    with_amsgrad = 5 * weights  # weights, gradients, three moments
+    assert 2 * 2**30 < recomputed < 2.3 * 2**30
+    assert recomputed + step + with_amsgrad < 4 * 2**30  # the other half is for the loss and for what comes and goes
+
+
+def test_making_weights_is_cheap() -> None:
+    """By count: multiplications of the default, against one for each weight and voxel of a 64-voxel pair."""
+    with torch.device("meta"):
+        network = HyperTransMorphSPR(window_size=2)
+    generator = network.generator
+    assert isinstance(generator, LowRankGenerator)
+    made = sum(
+        generator.left.get_parameter(layer).numel() * generator.right.get_parameter(layer).shape[1]
+        for layer in generator.ranks
+    )
+    assert made < 0.02 * 33.96e9 / 2  # the specification counts 33.96 GFLOP for a pair of that size
