@@ -23,6 +23,10 @@ __all__ = ["FullGenerator", "HyperMLP", "LowRankGenerator", "modulated_shapes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Of the directions of a low-rank change. The optimiser moves ``left`` as slowly as any weight; what it moves counts by
+# this. With 3 a small network of two dimensions learned a little faster than with 1 or 0.3.
+_SPREAD = 3.0
+
 
 def modulated_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters of ``network`` that depend on the hyper-parameters.
@@ -135,7 +139,7 @@ class LowRankGenerator(nn.Module):
         self.ranks = {layer: min(rank, s[0], columns[layer]) for layer, s in weights.items()}
         self.left = _tree((layer, torch.zeros(weights[layer][0], r)) for layer, r in self.ranks.items())
         self.right = _tree(
-            (layer, torch.empty(r, columns[layer]).normal_(std=r**-0.5)) for layer, r in self.ranks.items()
+            (layer, torch.empty(r, columns[layer]).normal_(std=_SPREAD * r**-0.5)) for layer, r in self.ranks.items()
         )
         self.coefficients = nn.Linear(code_channels, sum(self.ranks.values()), bias=False)
         nn.init.kaiming_uniform_(self.coefficients.weight, nonlinearity="relu")
@@ -145,9 +149,9 @@ class LowRankGenerator(nn.Module):
         strengths = self.coefficients(code).split(list(self.ranks.values()))
         changes: dict[str, Tensor] = {}
         for layer, strength in zip(self.ranks, strengths, strict=True):
-            change = (self.left.get_parameter(layer) * strength) @ self.right.get_parameter(layer)
+            scaled, right = self.left.get_parameter(layer) * strength, self.right.get_parameter(layer)
             shape = self.shapes[f"{layer}.weight"]
-            changes[f"{layer}.weight"] = change[:, : prod(shape[1:])].reshape(shape)
+            changes[f"{layer}.weight"] = (scaled @ right[:, : prod(shape[1:])]).view(shape)
             if f"{layer}.bias" in self.shapes:
-                changes[f"{layer}.bias"] = change[:, -1]
+                changes[f"{layer}.bias"] = scaled @ right[:, -1]
         return changes

@@ -222,7 +222,7 @@ class HyperTransMorphSPR(RegistrationNetwork):
         with torch.autocast(device.type, enabled=False):
             made = self.generator(self.hyper_mlp(self.conditioning.normalised(row).to(device)))
             if self.generator.relative:
-                made = {name: self.template.get_parameter(name) + change for name, change in made.items()}
+                made = {name: change.add_(self.template.get_parameter(name)) for name, change in made.items()}
         return made
 
     def _weights(self, rows: Tensor) -> list[dict[str, Tensor]]:

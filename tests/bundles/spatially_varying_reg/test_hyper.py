@@ -490,7 +490,7 @@ def test_a_training_step_on_brains_takes_less_than_8_gb(monkeypatch: pytest.Monk
     everything, _ = kept(False)
     step = (everything - recomputed) / 7  # seven equal steps are most of what is computed again
     with_amsgrad = 5 * weights  # weights, gradients, three moments
-    assert 2 * 2**30 < recomputed < 2.3 * 2**30
+    assert recomputed < 2.3 * 2**30 < everything
     assert recomputed + step + with_amsgrad < 4 * 2**30  # the other half is for the loss and for what comes and goes
 
 
