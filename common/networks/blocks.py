@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Norm
 from torch import Tensor, nn
 
-from common.networks.convolution import convolution
+from common.networks.convolution import convolution, convolve
 
 __all__ = ["ConvUnit", "FlowHead", "InstanceNorm", "UpStage", "upsample_to"]
 
@@ -99,13 +99,27 @@ class ConvUnit(nn.Module):
         self.slope = slope
         self.activation_first = activation_first
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, *S) to (B, out_channels, *S)."""
-        x = self.conv(x)
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        """(B, in_channels, *S) to (B, out_channels, *S); several maps count as one that holds the channels of all.
+
+        They are not put together, which would copy them and keep the copy for the backward pass.
+        """
+        if more:
+            x = self._convolved_in_turn(x, *more)
+        else:
+            x = self.conv(x)
+        # In place, as no derivative needs what is overwritten: a leaky ReLU's is told by its result.
         if self.activation_first:
-            normalised: Tensor = self.norm(F.leaky_relu(x, self.slope))
+            normalised: Tensor = self.norm(F.leaky_relu_(x, self.slope))
             return normalised
-        return F.leaky_relu(self.norm(x), self.slope)
+        return F.leaky_relu_(self.norm(x), self.slope)
+
+    def _convolved_in_turn(self, *maps: Tensor) -> Tensor:
+        weights = self.conv.weight.split([x.shape[1] for x in maps], dim=1)
+        total = convolve(maps[0], weights[0], self.conv.bias)
+        for x, weight in zip(maps[1:], weights[1:], strict=True):
+            total = total.add_(convolve(x, weight))
+        return total
 
 
 class UpStage(nn.Module):
@@ -125,7 +139,8 @@ class UpStage(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Coarse map (B, in_channels, *s) and skip (B, skip_channels, *S) to (B, out_channels, *S)."""
-        return self.conv2(self.conv1(torch.cat((upsample_to(x, skip.shape[2:]), skip), dim=1)))
+        upsampled = upsample_to(x, skip.shape[2:])
+        return self.conv2(self.conv1(upsampled, skip))
 
 
 class FlowHead(nn.Module):

@@ -58,6 +58,27 @@ def test_a_unit_rectifies_then_normalises() -> None:
     torch.testing.assert_close(unit(x), torch.nn.functional.leaky_relu(unit.norm(unit.conv(x)), 0.01))
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_maps_count_as_one(dims: int, bias: bool) -> None:
+    unit = ConvUnit(dims, 6, 4, bias=bias, norm="batch").double()
+    maps = [torch.randn(2, c, *(5, 6, 7)[:dims], dtype=torch.float64, requires_grad=True) for c in (1, 3, 2)]
+    leaves = [*maps, *unit.parameters()]
+    apart, together = unit(*maps), unit(torch.cat(maps, dim=1))
+    torch.testing.assert_close(apart, together)
+    weights = torch.randn_like(apart)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), leaves) for y in (apart, together)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("activation_first", [False, True])
+@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch"])
+def test_the_gradient_of_a_unit(norm: str, activation_first: bool) -> None:
+    unit = ConvUnit(2, 2, 3, norm=norm, activation_first=activation_first).double()
+    x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit, x)
+
+
 def test_a_unit_with_batch_norm_keeps_running_statistics() -> None:
     unit = ConvUnit(2, 2, 4, norm="batch")
     unit(torch.randn(2, 2, 8, 8) + 5)
