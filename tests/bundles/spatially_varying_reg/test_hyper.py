@@ -182,7 +182,7 @@ def test_weights_depend_on_both_numbers(generator: str) -> None:
 @pytest.mark.parametrize("dims", [2, 3])
 def test_items_of_a_batch_are_as_one_by_one(generator: str, dims: int) -> None:
     network, image = _network(generator, dims, inverse=True, update="self_warped").eval(), _pair(dims, 4)
-    alpha, w = [1.1, 1.0, 1.1, 1.2], [2.0, 2.0, 2.0, 0.5]
+    alpha, w = [1.2, 1.0, 1.1, 1.0], [0.5, 2.0, 2.0, 2.0]
     network.condition(alpha=alpha, w=w)
     with torch.no_grad():
         together, field = network.fields(image), network(image)
