@@ -149,6 +149,10 @@ def _published(options: dict[str, Any]) -> tuple[nn.Module, Callable[..., Tensor
     return PublishedForm(TransMorphSPR(**_PUBLISHED, **options)), published_loss
 
 
+def _published_network(options: dict[str, Any]) -> tuple[nn.Module, Callable[..., Tensor]]:
+    return _published(options)[0], _our_loss()
+
+
 def _same(options: dict[str, Any]) -> tuple[nn.Module, Callable[..., Tensor]]:
     return TransMorphSPR(**_PUBLISHED, **options), _our_loss()
 
@@ -158,7 +162,12 @@ def _default(options: dict[str, Any]) -> tuple[nn.Module, Callable[..., Tensor]]
 
 
 #: The forms of the network by name, and their losses.
-FORMS = {"published": _published, "ours, published settings": _same, "ours, default settings": _default}
+FORMS = {
+    "published": _published,
+    "published network, our losses": _published_network,
+    "ours, published settings": _same,
+    "ours, default settings": _default,
+}
 
 
 def measure(cases: tuple[Case, ...] = CASES, repeats: int = 2) -> list[dict[str, Any]]:
@@ -175,6 +184,8 @@ def measure(cases: tuple[Case, ...] = CASES, repeats: int = 2) -> list[dict[str,
     for case in cases:
         first: tuple[float, float] | None = None
         for form in FORMS:
+            if form == "published network, our losses" and not case.train:
+                continue
             seconds, megabytes = _in_fresh_process(form, case, repeats)
             first = first or (seconds, megabytes)
             rows.append(
