@@ -19,9 +19,8 @@ each step, activations not in place, convolutions as PyTorch lays them out.
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import format_table, peak_of_process_mb
+from benchmarks.measure import cost_in_fresh_process, format_table
 from bundles.gradirn.scripts.baseline import VoxelMorphBaseline
 from bundles.gradirn.scripts.network import GraDIRN
 from common.losses import MSE, Diffusion
@@ -132,7 +131,7 @@ def measure(cases: tuple[Case, ...] = CASES, repeats: int = 3) -> list[dict[str,
         for form in FORMS:
             if case.baseline != (form == "baseline") or (form == "ours, steps checkpointed" and not case.train):
                 continue
-            seconds, megabytes = _in_fresh_process(form, case, repeats)
+            seconds, megabytes = cost_in_fresh_process(_build, (form, case), repeats)
             plain = (seconds, megabytes) if form == "plain" else plain
             rows.append(
                 {
@@ -149,27 +148,10 @@ def measure(cases: tuple[Case, ...] = CASES, repeats: int = 3) -> list[dict[str,
     return rows
 
 
-def _in_fresh_process(form: str, case: Case, repeats: int) -> tuple[float, float]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_cost, (form, case, repeats))
-
-
-def _cost(form: str, case: Case, repeats: int) -> tuple[float, float]:
-    """CPU seconds and peak memory of one call in this process."""
-    torch.set_num_threads(1)
-    before = peak_of_process_mb()
-    torch.manual_seed(0)
+def _build(form: str, case: Case) -> Callable[[], None]:
     network = FORMS[form](case.spatial_dims).train(case.train)
     image = torch.rand(case.batch, 2, *(case.size,) * case.spatial_dims)
-    call = _train_step if case.train else _inference
-    call(network, image)
-    megabytes = peak_of_process_mb() - before
-    taken = []
-    for _ in range(repeats):
-        start = time.process_time()
-        call(network, image)
-        taken.append(time.process_time() - start)
-    return min(taken), megabytes
+    return partial(_train_step if case.train else _inference, network, image)
 
 
 def _train_step(network: nn.Module, image: Tensor) -> None:

@@ -39,7 +39,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["Builder", "compare", "format_table", "median_times", "peak_memory_mb", "peak_of_process_mb", "threads"]
+__all__ = [
+    "Builder",
+    "compare",
+    "cost_in_fresh_process",
+    "cost_in_this_process",
+    "format_table",
+    "median_times",
+    "peak_memory_mb",
+    "peak_of_process_mb",
+    "threads",
+]
 
 Builder = Callable[..., Callable[[], object]]
 
@@ -77,6 +87,40 @@ def median_times(callables: Mapping[str, Callable[[], object]], repeats: int = 7
             _synchronize()
             taken[name].append(1000.0 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def cost_in_fresh_process(build: Builder, args: Sequence[Any] = (), repeats: int = 1) -> tuple[float, float]:
+    """What a network costs: CPU seconds of one call, and peak resident memory above what the imports take.
+
+    Memory holds everything that was built and the first call, which the time leaves out. CPU seconds on one thread are
+    far less disturbed by others on the machine than wall time is.
+
+    Args:
+        build: a module-level function (it is pickled by name) that returns the call to measure.
+        args: arguments of ``build``; PyTorch's generator is seeded before.
+        repeats: timed calls, of which the fastest counts.
+
+    Returns:
+        CPU seconds, and mebibytes (2**20 bytes).
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(cost_in_this_process, (build, tuple(args), repeats))
+
+
+def cost_in_this_process(build: Builder, args: tuple[Any, ...], repeats: int) -> tuple[float, float]:
+    """As :func:`cost_in_fresh_process`, whose child calls it. Memory of earlier calls hides that of this one."""
+    torch.set_num_threads(1)
+    before = peak_of_process_mb()
+    torch.manual_seed(0)
+    call = build(*args)
+    call()
+    megabytes = peak_of_process_mb() - before
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        taken.append(time.process_time() - start)
+    return min(taken), megabytes
 
 
 def peak_memory_mb(

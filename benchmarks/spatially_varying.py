@@ -21,16 +21,15 @@ grids, all steps' tensors kept. The transformer is ours in both, which favours t
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import format_table, peak_of_process_mb
+from benchmarks.measure import cost_in_fresh_process, format_table
 from bundles.spatially_varying_reg.scripts.hyperpriors import BetaHyperprior, SpatiallyWeightedDiffusion
 from bundles.spatially_varying_reg.scripts.network import TransMorphSPR
 from common.losses import LNCC
@@ -186,7 +185,7 @@ def measure(cases: tuple[Case, ...] = CASES, repeats: int = 2) -> list[dict[str,
         for form in FORMS:
             if form == "published network, our losses" and not case.train:
                 continue
-            seconds, megabytes = _in_fresh_process(form, case, repeats)
+            seconds, megabytes = cost_in_fresh_process(_build, (form, case), repeats)
             first = first or (seconds, megabytes)
             rows.append(
                 {
@@ -201,31 +200,11 @@ def measure(cases: tuple[Case, ...] = CASES, repeats: int = 2) -> list[dict[str,
     return rows
 
 
-def _in_fresh_process(form: str, case: Case, repeats: int) -> tuple[float, float]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_cost, (form, case, repeats))
-
-
-def _cost(form: str, case: Case, repeats: int) -> tuple[float, float]:
-    """CPU seconds and peak memory of one call in this process."""
-    torch.set_num_threads(1)
-    before = peak_of_process_mb()
-    torch.manual_seed(0)
+def _build(form: str, case: Case) -> Callable[[], None]:
     network, loss = FORMS[form](case.options)
     network.train(case.train)
     image = torch.rand(1, 2, case.size, case.size, case.size)
-    taken = []
-    for _ in range(1 + repeats):
-        start = time.process_time()
-        if case.train:
-            _train_step(network, loss, image)
-        else:
-            with torch.no_grad():
-                network(image)
-        taken.append(time.process_time() - start)
-        if len(taken) == 1:
-            megabytes = peak_of_process_mb() - before
-    return min(taken[1:] or taken), megabytes
+    return partial(_train_step, network, loss, image) if case.train else partial(_inference, network, image)
 
 
 def _train_step(network: nn.Module, loss: Callable[..., Tensor], image: Tensor) -> None:
@@ -233,6 +212,12 @@ def _train_step(network: nn.Module, loss: Callable[..., Tensor], image: Tensor) 
     network.zero_grad()
     fields = network.fields(image) if isinstance(network, TransMorphSPR) else network(image)
     loss(fields, image).backward()
+
+
+def _inference(network: nn.Module, image: Tensor) -> None:
+    """The field alone."""
+    with torch.no_grad():
+        network(image)
 
 
 if __name__ == "__main__":

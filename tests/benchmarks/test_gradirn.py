@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import gradirn
 from benchmarks.gradirn import Case, PlainGraDIRN, measure
+from benchmarks.measure import cost_in_this_process
 from bundles.gradirn.scripts.network import GraDIRN
 
 
@@ -41,7 +42,7 @@ def test_the_plain_network_gives_the_same_field() -> None:
 
 
 def test_rows_hold_both_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradirn, "_in_fresh_process", gradirn._cost)
+    monkeypatch.setattr(gradirn, "cost_in_fresh_process", cost_in_this_process)
     case = Case(2, 16, 1, train=True, seconds=0.5, megabytes=100.0)
     rows = measure((case,), repeats=1)
     assert [row["what"] for row in rows] == [

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from benchmarks import spatially_varying
+from benchmarks.measure import cost_in_this_process
 from benchmarks.spatially_varying import Case, PublishedForm, measure, published_loss
 from bundles.spatially_varying_reg.scripts.hyperpriors import BetaHyperprior, SpatiallyWeightedDiffusion
 from bundles.spatially_varying_reg.scripts.network import TransMorphSPR
@@ -45,7 +46,7 @@ def test_the_published_form_gives_the_same_fields_and_loss() -> None:
 
 
 def test_rows_hold_both_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spatially_varying, "_in_fresh_process", spatially_varying._cost)
+    monkeypatch.setattr(spatially_varying, "cost_in_fresh_process", cost_in_this_process)
     rows = measure((Case(32, True, _TINY), Case(32, False, _TINY)), repeats=1)
     assert [row["what"] for row in rows[3:5]] == ["training step, ours, default settings", "field alone, published"]
     assert rows[0]["cpu_over_published"] == rows[4]["cpu_over_published"] == 1.0

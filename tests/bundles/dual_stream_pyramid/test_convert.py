@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import subprocess
 import sys
@@ -28,7 +27,6 @@ from torch import Tensor, nn
 from bundles.dual_stream_pyramid.scripts.convert import (
     NETWORKS,
     convert,
-    read_checkpoint,
     to_published,
     to_warpzoo,
 )
@@ -311,32 +309,6 @@ def test_windows_that_a_table_does_not_tell() -> None:
     for window in (None, (3, 3, 3)):
         with pytest.raises(ValueError, match="a bias table of 45 rows does not fit"):
             to_warpzoo(state, "transmorph", window)
-
-
-class _Bomb:
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return (pytest.fail, ("a checkpoint was unpickled",))
-
-
-def test_files_that_would_run_code_are_refused(tmp_path: Path) -> None:
-    zipped, bare = tmp_path / "zipped.pth.tar", tmp_path / "bare.pkl"
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "extra": _Bomb()}, zipped)
-    bare.write_bytes(pickle.dumps({"state_dict": _Bomb()}, protocol=2))
-    for path in (zipped, bare):
-        with pytest.raises(ValueError, match="nothing else is unpickled"):
-            read_checkpoint(path)
-
-
-def test_files_without_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        read_checkpoint(tmp_path / "absent.pth")
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="no torch checkpoint"):
-        read_checkpoint(tmp_path / "text.pth")
-    for content in ({"epoch": 1}, {"state_dict": 3}, [torch.zeros(1)], {}):
-        torch.save(content, tmp_path / "empty.pth")
-        with pytest.raises(ValueError, match="neither a state dict nor one under 'state_dict' or 'model_state_dict'"):
-            read_checkpoint(tmp_path / "empty.pth")
 
 
 def test_the_command_runs_from_the_root(tmp_path: Path, repository: Path) -> None:

@@ -10,7 +10,6 @@
 # limitations under the License.
 from __future__ import annotations
 
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bundles.ssl_pretrain.scripts.convert import convert, infer_window, read_checkpoint, to_published, to_warpzoo
+from bundles.ssl_pretrain.scripts.convert import convert, infer_window, to_published, to_warpzoo
 from bundles.ssl_pretrain.scripts.ssl_network import SSLRegistration
 from common.networks import SwinEncoder
 
@@ -137,31 +136,6 @@ def test_what_cannot_be_converted_is_named() -> None:
         to_warpzoo(_published(), "decoder")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'other\.weight' has no published name"):
         to_published({"other.weight": torch.zeros(1)})
-
-
-class _Bomb:
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return (pytest.fail, ("a checkpoint was unpickled",))
-
-
-def test_files_that_would_run_code_are_refused(tmp_path: Path) -> None:
-    zipped, bare = tmp_path / "zipped.pth.tar", tmp_path / "bare.pkl"
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "extra": _Bomb()}, zipped)
-    bare.write_bytes(pickle.dumps({"state_dict": _Bomb()}, protocol=2))
-    for path in (zipped, bare):
-        with pytest.raises(ValueError, match="nothing else is unpickled"):
-            read_checkpoint(path)
-
-
-def test_files_without_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        read_checkpoint(tmp_path / "absent.pth.tar")
-    (tmp_path / "text.pth.tar").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="no torch checkpoint"):
-        read_checkpoint(tmp_path / "text.pth.tar")
-    torch.save({"epoch": 1}, tmp_path / "empty.pth.tar")
-    with pytest.raises(ValueError, match="neither a state dict"):
-        read_checkpoint(tmp_path / "empty.pth.tar")
 
 
 def test_the_command_runs_from_the_root(tmp_path: Path, repository: Path) -> None:

@@ -10,7 +10,9 @@
 # limitations under the License.
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,3 +99,29 @@ def test_state_dicts_are_found_under_any_known_key(tmp_path: Path, key: str | No
     state = {"a": torch.ones(2)}
     torch.save(state if key is None else {key: state, "score": np.float64(0.5)}, tmp_path / "file.pt")
     assert read_checkpoint(tmp_path / "file.pt")["a"].tolist() == [1, 1]
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (pytest.fail, ("a checkpoint was unpickled",))
+
+
+def test_files_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    zipped, bare = tmp_path / "zipped.pth.tar", tmp_path / "bare.pkl"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "extra": _Bomb()}, zipped)
+    bare.write_bytes(pickle.dumps({"state_dict": _Bomb()}, protocol=2))
+    for path in (zipped, bare):
+        with pytest.raises(ValueError, match="nothing else is unpickled"):
+            read_checkpoint(path)
+
+
+def test_files_without_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        read_checkpoint(tmp_path / "absent.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="no torch checkpoint"):
+        read_checkpoint(tmp_path / "text.pth")
+    for content in ({"epoch": 1}, {"state_dict": 3}, [torch.zeros(1)], {}):
+        torch.save(content, tmp_path / "empty.pth")
+        with pytest.raises(ValueError, match="neither a state dict nor one under 'state_dict' or 'model_state_dict'"):
+            read_checkpoint(tmp_path / "empty.pth")
