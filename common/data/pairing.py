@@ -107,35 +107,6 @@ class AllOrdered:
         return (partner if partner < fixed else partner + 1), fixed
 
 
-class AtlasToSubject:
-    """One atlas against every other subject.
-
-    Args:
-        count: number of subjects, the atlas among them.
-        atlas: position of the atlas.
-        atlas_is: which side the atlas takes: ``"moving"`` (atlas to subject) or ``"fixed"``.
-
-    Raises:
-        ValueError: when there is no other subject, or ``atlas_is`` is neither.
-    """
-
-    def __init__(self, count: int, atlas: int, atlas_is: str = "moving") -> None:
-        if atlas_is not in ("moving", "fixed"):
-            raise ValueError(f"atlas_is must be 'moving' or 'fixed', found '{atlas_is}'")
-        self.subjects = [position for position in range(count) if position != atlas]
-        if not self.subjects:
-            raise ValueError("atlas pairs need at least one subject besides the atlas, found none")
-        self.atlas, self.atlas_is = atlas, atlas_is
-
-    def __len__(self) -> int:
-        return len(self.subjects)
-
-    def pair(self, index: int, epoch: int) -> tuple[int, int]:
-        """Pair ``index``, the same in every epoch."""
-        subject = self.subjects[index]
-        return (self.atlas, subject) if self.atlas_is == "moving" else (subject, self.atlas)
-
-
 class Listed:
     """Pairs as a list gives them.
 
@@ -158,6 +129,31 @@ class Listed:
             return self.pairs[index]
         turn, place = divmod(epoch * self.length + index, len(self.pairs))
         return self.pairs[int(generator_for(self.seed, turn, len(self.pairs)).permutation(len(self.pairs))[place])]
+
+
+class AtlasToSubject(Listed):
+    """One atlas against every other subject.
+
+    Args:
+        count: number of subjects, the atlas among them.
+        atlas: position of the atlas.
+        atlas_is: which side the atlas takes: ``"moving"`` (atlas to subject) or ``"fixed"``.
+        seed: of the order in which subjects take turns, where ``length`` is given.
+        length: pairs an epoch, see :class:`Listed`.
+
+    Raises:
+        ValueError: when there is no other subject, or ``atlas_is`` is neither.
+    """
+
+    def __init__(
+        self, count: int, atlas: int, atlas_is: str = "moving", seed: int = 0, length: int | None = None
+    ) -> None:
+        if atlas_is not in ("moving", "fixed"):
+            raise ValueError(f"atlas_is must be 'moving' or 'fixed', found '{atlas_is}'")
+        pairs = [(atlas, subject) for subject in range(count) if subject != atlas]
+        if not pairs:
+            raise ValueError("atlas pairs need at least one subject besides the atlas, found none")
+        super().__init__(pairs if atlas_is == "moving" else [pair[::-1] for pair in pairs], seed, length)
 
 
 class IntraSubject:

@@ -92,8 +92,8 @@ class PairDataset(EpochDataset):
         atlas: for ``"atlas"``: the id of a subject in ``data``, a file, or a subject dict.
         atlas_is: the side of the atlas, ``"moving"`` or ``"fixed"``.
         group_key: for ``"intra"``: the key that says which scans are of one subject.
-        length: pairs an epoch for ``"random_partner"``, ``"listed"``, ``"intra"`` and ``"triplets"``. Default: one for
-            each subject (three in triplets), or the list as it is.
+        length: pairs an epoch for all strategies but ``"all_ordered"``. Default: one for each subject (three in
+            triplets), or the list as it is.
         both_directions: for ``"random_partner"``, ``"intra"`` and ``"listed"``: items 2k and 2k + 1 are one pair,
             registered either way: two optimiser steps in a row, or side by side in a batch of two. ``length`` counts
             both. Without a shuffling sampler they stay together. A ``DistributedSampler`` deals items out in turn: with
@@ -179,7 +179,7 @@ class PairDataset(EpochDataset):
         if strategy == "intra":
             return IntraSubject(self.subjects, group_key, self.seed, length)
         place = self._place_atlas(atlas)
-        return AtlasToSubject(len(self.subjects), place, side)
+        return AtlasToSubject(len(self.subjects), place, side, self.seed, length)
 
     def _place_atlas(self, atlas: str | Path | Mapping[str, Any] | None) -> int:
         if atlas is None:

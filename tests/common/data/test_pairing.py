@@ -77,6 +77,13 @@ def test_atlas_pairs() -> None:
     assert [fixed.pair(index, 0) for index in range(len(fixed))] == [(0, 2), (1, 2)]
 
 
+def test_short_epochs_of_an_atlas_take_every_subject_in_turn_and_in_changing_order() -> None:
+    pairing = AtlasToSubject(7, atlas=3, seed=1, length=2)
+    rounds = [[pair for epoch in range(3 * turn, 3 * turn + 3) for pair in drawn(pairing, epoch)] for turn in range(4)]
+    assert all(sorted(pairs) == [(3, subject) for subject in (0, 1, 2, 4, 5, 6)] for pairs in rounds)
+    assert len({tuple(pairs) for pairs in rounds}) > 1
+
+
 def test_listed_pairs_are_the_list() -> None:
     pairing = Listed([(3, 1), (0, 2)])
     assert [pairing.pair(index, 9) for index in range(len(pairing))] == [(3, 1), (0, 2)]
