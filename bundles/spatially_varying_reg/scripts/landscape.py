@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,14 @@ class Landscape:
     max_ndv: float | None = None
     values: dict[Point, dict[int, Mapping[str, float]]] = field(default_factory=dict)
 
-    def mean(self, point: Point) -> dict[str, float]:
-        """Each measure at a point, averaged over the cases in which it exists; and how many cases were measured."""
-        cases = list(self.values[point].values())
+    def mean(self, point: Point, among: Collection[int] | None = None) -> dict[str, float]:
+        """Each measure at a point, averaged over the cases in which it exists; and how many cases were measured.
+
+        Args:
+            point: one that was measured.
+            among: the cases that count; all by default.
+        """
+        cases = [case for number, case in self.values[point].items() if among is None or number in among]
         names = list(dict.fromkeys(name for case in cases for name in case))
         columns = {name: [case[name] for case in cases if not math.isnan(case.get(name, math.nan))] for name in names}
         means = {name: sum(column) / len(column) if column else math.nan for name, column in columns.items()}
@@ -95,10 +100,15 @@ class Landscape:
                 ends.append(f"upper end of {name}, {high:g}")
         return ends
 
-    def rows(self) -> list[dict[str, float]]:
-        """A row a point: its two numbers, the means, the number of cases."""
+    @property
+    def shared(self) -> set[int]:
+        """The cases that were measured at every point."""
+        return set.intersection(*(set(cases) for cases in self.values.values()))
+
+    def rows(self, among: Collection[int] | None = None) -> list[dict[str, float]]:
+        """A row a point: its two numbers, the means, the number of cases; ``among`` as for :meth:`mean`."""
         points = sorted(self.values)
-        return [{**dict(zip(self.axes, point, strict=True)), **self.mean(point)} for point in points]
+        return [{**dict(zip(self.axes, point, strict=True)), **self.mean(point, among)} for point in points]
 
     def summary(self) -> dict[str, Any]:
         """The best point and what is to be known of it."""
@@ -132,9 +142,13 @@ class Landscape:
         (folder / "best.json").write_text(text + "\n", encoding="utf-8")
 
     def picture(self) -> Figure:
-        """The objective and NDV over the two numbers; dots where all cases were measured, rings where some were."""
+        """The objective and NDV over the two numbers; dots where all cases were measured, rings where some were.
+
+        What is drawn is the mean over the cases that all points share: means over other cases are not comparable.
+        """
         figure = Figure(figsize=(10.5, 4.4))
-        rows = self.rows()
+        shared = self.shared
+        rows = self.rows(shared)
         for left, name, colours in ((0.07, self.objective, "viridis"), (0.57, "ndv", "magma")):
             axis = figure.add_axes((left, 0.13, 0.34, 0.71), label=name)
             self._panel(figure, axis, rows, name, colours)
@@ -142,7 +156,8 @@ class Landscape:
             axis.locator_params(nbins=6)
             axis.plot(*self.best, marker="*", markersize=17, color="#ff2d2d", markeredgecolor="white", clip_on=False)
         values = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.axes, self.best, strict=True))
-        figure.suptitle(f"best: {values}", fontsize=11)
+        of = "" if len(shared) == self.cases else f"; drawn: means over {len(shared)} of {self.cases} pairs"
+        figure.suptitle(f"best: {values}{of}", fontsize=11)
         return figure
 
     def _panel(self, figure: Figure, axis: Axes, rows: Sequence[Mapping[str, float]], name: str, colours: str) -> None:
@@ -156,7 +171,7 @@ class Landscape:
             figure.colorbar(shown, cax=bar, format="%.3g", ticks=MaxNLocator(6))
             if name == "ndv" and self.max_ndv is not None and z.min() < self.max_ndv < z.max():
                 axis.tricontour(triangles, z, levels=[self.max_ndv], colors="white", linestyles="dashed")
-        whole = np.array([row["cases"] == self.cases for row in known], dtype=bool)
+        whole = np.array([len(self.values[row[self.axes[0]], row[self.axes[1]]]) == self.cases for row in known], bool)
         marks: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5, "clip_on": False}
         axis.plot(x[whole], y[whole], color="white", markeredgecolor="black", **marks)
         axis.plot(x[~whole], y[~whole], color="none", markeredgecolor="0.6", **marks)

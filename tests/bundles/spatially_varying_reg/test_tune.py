@@ -215,3 +215,13 @@ def test_optuna_keeps_a_bound_on_folding() -> None:
 
     with_optuna(landscape, measure, [0], 20)
     assert landscape.allowed(landscape.best) and landscape.best[1] > 0.4
+
+
+def test_the_picture_compares_points_on_the_pairs_that_all_share() -> None:
+    easy, hard = {"dice": 0.9, "ndv": 0.0}, {"dice": 0.5, "ndv": 0.2}
+    values = {(1.0, 0.0): {0: easy}, (1.1, 2.0): {0: easy, 1: hard}, (1.2, 4.0): {0: easy}, (1.2, 0.0): {0: hard}}
+    landscape = Landscape(("alpha", "w"), ((1.0, 1.2), (0.0, 5.0)), 2, "dice", values=values)  # type: ignore[arg-type]
+    assert landscape.shared == {0}
+    assert [row["dice"] for row in landscape.rows(landscape.shared)] == [0.9, 0.9, 0.5, 0.9]
+    assert landscape.rows()[1]["dice"] == pytest.approx(0.7)
+    assert "means over 1 of 2 pairs" in landscape.picture()._suptitle.get_text()
