@@ -84,12 +84,12 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     ("case", "smoothness", "prior"),
     [
-        ("plain", 3.35 / 4, 0.175 * math.log(2)),
+        ("plain", 3.35 / 4, 0.05 * math.log(2)),
         ("gaussian", 3.35 / 4, 0.525 / 4),
         ("uniform", 3.35 / 2, None),
         ("hyper", (1 + 3) / 2 / 4, 0.2 * math.log(2)),
         ("hyper_gaussian", (1 + 3) / 2 / 4, 0.4 / 4),
-        ("both", 3.35 / 4, 0.175 * math.log(2)),
+        ("both", 3.35 / 4, 0.05 * math.log(2)),
     ],
 )
 def test_the_loss_is_the_published_one(
