@@ -129,7 +129,9 @@ def test_two_scans_of_any_size_are_registered_there_and_back(repository: Path, h
         assert found.array.shape == (45, 37) and np.allclose(found.affine, fixed.affine)
     assert 0 < weight.array.min() < weight.array.max() <= 1
     there, back = (load_field(out / f"{name}.nii.gz", fmt="l2r") for name in ("ddf", "inverse_ddf"))
-    assert there.abs().max() > 0 and compose(there, back)[..., 3:-3, 3:-3].abs().max() < 0.1
+    # No inverse at all would leave the length of the field, and the field itself in its place twice that.
+    residual = compose(there, back)[..., 3:-3, 3:-3].norm(dim=1)
+    assert 0 < residual.mean() < 0.1 * there[..., 3:-3, 3:-3].norm(dim=1).mean()
     moving = torch.from_numpy(load_image(scans["moving"]).array.astype(np.float32))[None, None]
     assert np.allclose(warp(moving, there, padding="zeros")[0, 0].numpy(), moved.array, atol=1.0)  # of 900
     assert {"moved_label.nii.gz", "inverse_moved.nii.gz", "registration.png"} <= {path.name for path in out.iterdir()}
