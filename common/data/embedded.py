@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,28 @@ import nibabel as nib
 import numpy as np
 import torch
 
-__all__ = ["one_thread", "save_bytes", "written_whole"]
+__all__ = ["grid_of", "one_thread", "save_bytes", "written_whole"]
+
+
+def grid_of(spatial_dims: int, spatial_size: int | Sequence[int] | None, least: int) -> tuple[int, ...]:
+    """The grid of a cohort: ``spatial_size`` along each axis, by default 64 in 2-D and 48 in 3-D.
+
+    Args:
+        spatial_dims: 2 or 3.
+        spatial_size: one number, one an axis, or None.
+        least: the smallest number that is allowed.
+
+    Raises:
+        ValueError: for another dimension, or numbers that are too many, too few or too small.
+    """
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"spatial_dims must be 2 or 3, found {spatial_dims}")
+    if spatial_size is None:
+        spatial_size = 64 if spatial_dims == 2 else 48
+    size = (spatial_size,) * spatial_dims if isinstance(spatial_size, int) else tuple(int(n) for n in spatial_size)
+    if len(size) != spatial_dims or min(size) < least:
+        raise ValueError(f"spatial_size needs {spatial_dims} numbers of at least {least}, found {size}")
+    return size
 
 
 @contextmanager

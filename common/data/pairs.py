@@ -150,6 +150,7 @@ class PairDataset(EpochDataset):
         self.pairing: Pairing
         self.truths: list[str] = []
         self._pairs: dict[tuple[int, int], Mapping[str, Any]] = {}
+        self._known: dict[tuple[int, int], dict[str, Tensor]] = {}
         if strategy == "listed":
             self.subjects, listed = split_pairs(data)
             # Either way, an epoch of the pairs themselves is one round of the list.
@@ -231,8 +232,7 @@ class PairDataset(EpochDataset):
             item[role] = subject["image"]
             item |= {f"{role}_{key}": value for key, value in subject.items() if key != "image"}
             item[f"{role}_id"] = self.subjects[position]["id"]
-        if self.truths:
-            item |= load_truth(self._pairs[moving, fixed], item, self.truths)
+        item |= self._truth(moving, fixed, item)
         return item if self.augment is None else self._augmented(item, index, epoch)
 
     def _in_range(self, index: int) -> int:
@@ -254,6 +254,15 @@ class PairDataset(EpochDataset):
             # A copy: what a caller does to an item in place must not reach later epochs.
             return {key: value.clone() for key, value in self._cache[position].items()}
         return self._load(position)
+
+    def _truth(self, moving: int, fixed: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What is known of a pair, read once where both subjects are in the cache."""
+        truth = self._known.get((moving, fixed))
+        if truth is None:
+            truth = load_truth(self._pairs[moving, fixed], item, self.truths) if self.truths else {}
+            if moving in self._cache and fixed in self._cache:
+                self._known[moving, fixed] = truth
+        return {key: value.clone() for key, value in truth.items()}
 
     def _load(self, position: int) -> dict[str, Tensor]:
         subject = self.subjects[position]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from common.data.cohort import Cohort, cohort_from_json
 from common.data.download import cache_folder
-from common.data.embedded import one_thread, save_bytes, written_whole
+from common.data.embedded import grid_of, one_thread, save_bytes, written_whole
 from common.data.pairing import generator_for
 from common.io import save_field
 
@@ -105,7 +105,9 @@ def sliding_cohort(
     Raises:
         ValueError: for an impossible dimension, size or magnitude.
     """
-    size = _grid(spatial_dims, spatial_size)
+    if spatial_dims is None:
+        spatial_dims = len(spatial_size) if isinstance(spatial_size, Sequence) else 2
+    size = grid_of(spatial_dims, spatial_size, least=32)
     if not 0 <= magnitude <= 1.5:
         raise ValueError(f"magnitude must be in [0, 1.5], beyond which tissue would fold, found {magnitude}")
     root = Path(dataset_dir).expanduser() if dataset_dir is not None else cache_folder()
@@ -153,19 +155,6 @@ def make_sliding_pair(
     moved = points + motion(torch.as_tensor(points.T)).numpy().T
     distance = motion.own(places)[0] * motion.unit
     return SlidingPair(fixed, moving, fixed_label, moving_label, ddf.float(), distance.float(), points, moved)
-
-
-def _grid(spatial_dims: int | None, spatial_size: int | Sequence[int] | None) -> tuple[int, ...]:
-    if spatial_dims is None:
-        spatial_dims = len(spatial_size) if isinstance(spatial_size, Sequence) else 2
-    if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims must be 2 or 3, found {spatial_dims}")
-    if spatial_size is None:
-        spatial_size = 64 if spatial_dims == 2 else 48
-    size = (spatial_size,) * spatial_dims if isinstance(spatial_size, int) else tuple(int(n) for n in spatial_size)
-    if len(size) != spatial_dims or min(size) < 32:
-        raise ValueError(f"spatial_size needs {spatial_dims} numbers of at least 32, found {size}")
-    return size
 
 
 class _Motion:

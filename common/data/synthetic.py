@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from common.data.cohort import Cohort, cohort_from_json
 from common.data.download import cache_folder
-from common.data.embedded import one_thread, save_bytes, written_whole
+from common.data.embedded import grid_of, one_thread, save_bytes, written_whole
 from common.data.pairing import generator_for
 from common.spatial import integrate
 
@@ -71,7 +71,7 @@ def synthetic_cohort(
     Raises:
         ValueError: for an impossible dimension or size.
     """
-    size = _grid(spatial_dims, spatial_size)
+    size = grid_of(spatial_dims, spatial_size, least=16)
     root = Path(dataset_dir).expanduser() if dataset_dir is not None else cache_folder()
     shown = "x".join(str(n) for n in size)
     folder = root / f"synthetic_v{VERSION}_{shown}_seed{anatomy_seed}" / f"magnitude{magnitude:g}"
@@ -102,17 +102,6 @@ def make_subject(
         coordinates = coordinates + ddf / half
     intensity, label = _organ(coordinates, np.random.default_rng(seed), draw)
     return _scan(intensity, _coordinates(size), draw), label
-
-
-def _grid(spatial_dims: int, spatial_size: int | Sequence[int] | None) -> tuple[int, ...]:
-    if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims must be 2 or 3, found {spatial_dims}")
-    if spatial_size is None:
-        spatial_size = 48 if spatial_dims == 3 else 64
-    size = (spatial_size,) * spatial_dims if isinstance(spatial_size, int) else tuple(int(n) for n in spatial_size)
-    if len(size) != spatial_dims or min(size) < 16:
-        raise ValueError(f"spatial_size needs {spatial_dims} numbers of at least 16, found {size}")
-    return size
 
 
 def _coordinates(size: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import default_collate
 
 from common.data import Cohort, PairDataset, cohort_from_json, load_cohort
-from common.data.truth import known_truths, load_landmarks
+from common.data.truth import known_truths, load_landmarks, load_truth
 from common.engines import PairValues, standard_measures
 from common.io import save_field, save_image
 from common.spatial import warp, warp_points
@@ -69,6 +69,23 @@ def test_truths_move_with_padding(sliding: Cohort) -> None:
     )[2]
     torch.testing.assert_close(padded["true_ddf"][:, 4:-4, 2:-2], plain["true_ddf"], atol=1e-5, rtol=0)
     torch.testing.assert_close(padded["fixed_points"], plain["fixed_points"] + torch.tensor([4.0, 2.0]))
+
+
+@pytest.mark.parametrize(("cache", "times"), [(True, 1), (False, 2)])
+def test_truths_of_cached_pairs_are_read_once(
+    sliding: Cohort, monkeypatch: pytest.MonkeyPatch, cache: bool, times: int
+) -> None:
+    reads = []
+
+    def counted(*args: Any) -> dict[str, torch.Tensor]:
+        reads.append(args)
+        return load_truth(*args)
+
+    monkeypatch.setattr("common.data.pairs.load_truth", counted)
+    transform = scan_transforms(["image", "label"], allow_missing_keys=True)
+    pairs = PairDataset(sliding.validation[:1], strategy="listed", transform=transform, cache=cache)
+    pairs[0]["true_ddf"].zero_()  # what a caller does to an item reaches no later one
+    assert pairs[0]["true_ddf"].abs().max() > 1 and len(reads) == times
 
 
 @pytest.fixture
