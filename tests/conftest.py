@@ -45,6 +45,15 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def blobs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images (1,1,32,32) of one bright blob, a few voxels apart: what any network learns to register at once."""
+    position = torch.arange(32.0)
+    moving = torch.exp(-((position - 12) ** 2).view(1, 1, -1, 1) / 30 - ((position - 18) ** 2) / 30)
+    fixed = torch.exp(-((position - 16) ** 2).view(1, 1, -1, 1) / 30 - ((position - 15) ** 2) / 30)
+    return moving, fixed
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

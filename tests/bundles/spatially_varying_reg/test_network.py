@@ -174,11 +174,9 @@ def test_the_loss_reaches_every_parameter(dims: int, options: dict[str, Any], de
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
-def test_it_learns_both_the_field_and_the_weights() -> None:
+def test_it_learns_both_the_field_and_the_weights(blobs: tuple[Tensor, Tensor]) -> None:
     network = _network(drop_path=0.0)
-    position = torch.arange(32.0)
-    moving = torch.exp(-((position - 12) ** 2).view(1, 1, -1, 1) / 30 - ((position - 18) ** 2) / 30)
-    fixed = torch.exp(-((position - 16) ** 2).view(1, 1, -1, 1) / 30 - ((position - 15) ** 2) / 30)
+    moving, fixed = blobs
     image = torch.cat((moving, fixed), dim=1)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     before = ((moving - fixed) ** 2).mean().item()
