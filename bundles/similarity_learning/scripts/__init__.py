@@ -8,6 +8,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What GraDIRN adds to the core."""
+"""What variational similarity learning adds to the core."""
 
 from __future__ import annotations
