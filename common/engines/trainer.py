@@ -28,7 +28,7 @@ from common.engines.network import autocast
 from common.engines.values import PairValues, stack_pair
 from common.losses import WeightedLosses
 
-__all__ = ["NonFiniteLossError", "RegistrationTrainer", "prepare_pair"]
+__all__ = ["NonFiniteLossError", "RegistrationTrainer", "prepare_pair", "require_finite", "set_epoch"]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -121,7 +121,7 @@ class RegistrationTrainer(SupervisedTrainer):
         self.precision = amp
         use_scaler = amp == "fp16" and self.state.device.type == "cuda"
         self.scaler = torch.amp.GradScaler("cuda") if use_scaler else None
-        self.add_event_handler(Events.EPOCH_STARTED, _set_epoch)
+        self.add_event_handler(Events.EPOCH_STARTED, set_epoch)
         # Registered last, so that a handler that resumes sees an engine that is whole.
         if train_handlers is not None:
             self._register_handlers([handler for handler in train_handlers if handler is not None])
@@ -140,7 +140,7 @@ class RegistrationTrainer(SupervisedTrainer):
         values = PairValues(batch, fields, self.labels)
         self.fire_event(IterationEvents.FORWARD_COMPLETED)
         total, terms = self.loss_function(values)
-        _require_finite(total, terms, batch, self.state.iteration)
+        require_finite(total, terms, batch, self.state.iteration)
         self.fire_event(IterationEvents.LOSS_COMPLETED)
         self._step(total)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
@@ -168,17 +168,34 @@ class RegistrationTrainer(SupervisedTrainer):
             self.optimizer.step()
 
 
-def _set_epoch(engine: Engine) -> None:
+def set_epoch(engine: Engine) -> None:
     """Tell the dataset which epoch begins, so that random partners and images follow from (seed, epoch, index)."""
     loader = engine.data_loader  # type: ignore[attr-defined]
     for part in (getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
-        set_epoch = getattr(part, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(engine.state.epoch)
+        tell = getattr(part, "set_epoch", None)
+        if tell is not None:
+            tell(engine.state.epoch)
 
 
-def _require_finite(total: Tensor, terms: Mapping[str, Tensor], batch: Mapping[str, Any], iteration: int) -> None:
-    """Stop before a bad gradient reaches the weights, and say which term of which subjects it was."""
+def require_finite(
+    total: Tensor,
+    terms: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
+    iteration: int,
+    advice: str = "lower the learning rate or set clip_gradient",
+) -> None:
+    """Stop before a bad gradient reaches the weights, and say which term of which subjects it was.
+
+    Args:
+        total: the loss.
+        terms: what it was added up from, by name.
+        batch: what ``moving_id`` and ``fixed_id`` are taken from.
+        iteration: the engine's.
+        advice: what else to try, besides looking at the scans.
+
+    Raises:
+        NonFiniteLossError: when the loss is infinite or NaN.
+    """
     if bool(torch.isfinite(total)):
         return
     bad = {name: float(value) for name, value in terms.items() if not bool(torch.isfinite(value))}
@@ -187,5 +204,5 @@ def _require_finite(total: Tensor, terms: Mapping[str, Tensor], batch: Mapping[s
         f"iteration {iteration}: the loss is {float(total.detach())}; "
         f"terms that are not finite: {bad or 'none, their sum overflows'}; "
         f"subjects: {who or 'not named by the dataset'}. "
-        "Look at these scans, lower the learning rate or set clip_gradient"
+        f"Look at these scans, {advice}"
     )
