@@ -13,14 +13,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.losses.checks import check_choice
+from common.losses.checks import as_float, check_choice
 
+from .boxes import Box
 from .encoder import FeatureEncoder
 
 __all__ = ["KINDS", "Reference", "Similarity"]
@@ -35,14 +35,14 @@ class Reference(NamedTuple):
     Attributes:
         fixed: the images or their maps, (R, 1, *S), float32.
         centred: less their local mean, (R, 1, *S); None for "ssd".
-        variance: the sum of squares of that over each box, (R, 1, *S); None for "ssd".
+        spread: the sum of squares of that over each box, (R, 1, *S); None for "ssd".
         mask: voxels that count, (1 or R, 1, *S) bool; None for all.
         count: their number in each image, (1 or R,).
     """
 
     fixed: Tensor
     centred: Tensor | None
-    variance: Tensor | None
+    spread: Tensor | None
     mask: Tensor | None
     count: Tensor
 
@@ -95,19 +95,27 @@ class Similarity(nn.Module):
         Args:
             fixed: (R, 1, *S), one for all moved images or one for each.
             mask: (1 or R, 1, *S) bool, voxels that count; None for all.
+
+        Raises:
+            ValueError: when the mask does not fit.
         """
-        fixed, centred, variance = self._encode(fixed), None, None
-        if self.kind == "lcc":
-            centred = fixed - self._box(fixed) / self._voxels
-            variance = self._box(centred * centred)
+        if mask is not None and (mask.shape[1:] != fixed.shape[1:] or len(mask) not in (1, len(fixed))):
+            raise ValueError(
+                f"Similarity: the mask has shape {tuple(mask.shape)}, which does not fit images {tuple(fixed.shape)}"
+            )
         count = torch.full((1,), float(fixed[0].numel()), device=fixed.device)
         if mask is not None:
             mask = mask.bool()
             count = mask.flatten(1).sum(1).float()
-        return Reference(fixed, centred, variance, mask, count)
+        maps, centred, spread = self._encode(fixed), None, None
+        if self.kind == "lcc":
+            box = self._box
+            centred = maps - box.sum(maps) / self._voxels
+            spread = box.sum(centred * centred)
+        return Reference(maps, centred, spread, mask, count)
 
     def map(self, reference: Reference, moved: Tensor) -> Tensor:
-        """The summed quantity z at each voxel.
+        """The summed quantity z at each voxel, by ordinary operations.
 
         Args:
             reference: of R fixed images.
@@ -116,18 +124,22 @@ class Similarity(nn.Module):
         Returns:
             (nR, 1, *S), float32, whatever the mask.
         """
-        blocks = (-1, *reference.fixed.shape)
         moved = self._encode(moved)
+        blocks = _blocks(moved, reference)
         if self.kind == "ssd":
-            return (moved.view(blocks) - reference.fixed).square().view(moved.shape)
-        assert reference.centred is not None and reference.variance is not None
-        centred = moved - self._box(moved) / self._voxels
-        cross = self._box((centred.view(blocks) * reference.centred).view(moved.shape))
-        variance = self._box(centred * centred).view(blocks) * reference.variance
-        return cross.square() / (variance.view(moved.shape) + _EPS)
+            return (blocks - reference.fixed).square().view(moved.shape)
+        assert reference.centred is not None and reference.spread is not None
+        box = self._box
+        centred = moved - box.sum(moved) / self._voxels
+        cross = box.sum((_blocks(centred, reference) * reference.centred).view(moved.shape))
+        product = _blocks(box.sum(centred * centred), reference) * reference.spread + _EPS
+        return cross.square() / product.view(moved.shape)
 
     def energy(self, reference: Reference, moved: Tensor) -> Tensor:
         """Energies of moved images, less for more similar ones.
+
+        Where gradients are asked for in the moved images alone, they are computed here already and are all that is
+        kept: one map an image.
 
         Args:
             reference: of R fixed images.
@@ -136,24 +148,81 @@ class Similarity(nn.Module):
         Returns:
             (nR,), float32.
         """
-        z = self.map(reference, moved).view(-1, *reference.fixed.shape)
-        if reference.mask is not None:
-            z = z * reference.mask
-        sums = (0.5 if self.kind == "ssd" else -1.0) * z.flatten(2).sum(2)
-        return (sums / reference.count if self.normalised else sums).flatten()
+        learns = reference.fixed.requires_grad or (self.kernel is not None and self.kernel.requires_grad)
+        if learns and torch.is_grad_enabled():
+            z = _masked(_blocks(self.map(reference, moved), reference), reference)
+            sums = (0.5 if self.kind == "ssd" else -1.0) * z.flatten(2).sum(2).flatten()
+        else:
+            sums = _Energy.apply(self._encode(moved), reference, None if self.kind == "ssd" else self._box)
+        if not self.normalised:
+            return sums
+        return (sums.view(-1, len(reference.fixed)) / reference.count).flatten()
 
     @property
     def _voxels(self) -> int:
         return int((2 * self.window + 1) ** self.spatial_dims)
 
-    def _encode(self, image: Tensor) -> Tensor:
-        return image.float() if self.encoder is None else self.encoder(image)
+    @property
+    def _box(self) -> Box:
+        return Box(self.window, self.kernel)
 
-    def _box(self, x: Tensor) -> Tensor:
-        """Sums over the box around each voxel, (N, 1, *S); the image goes on beyond its edge with its last value."""
-        convolve = F.conv2d if self.spatial_dims == 2 else F.conv3d
-        kernel = self.kernel
-        if kernel is None:
-            kernel = x.new_ones(1, 1, *(2 * self.window + 1,) * self.spatial_dims)
-        with torch.autocast(x.device.type, enabled=False):
-            return convolve(F.pad(x, (self.window,) * (2 * self.spatial_dims), mode="replicate"), kernel)
+    def _encode(self, image: Tensor) -> Tensor:
+        return as_float(image) if self.encoder is None else self.encoder(image)
+
+
+class _Energy(torch.autograd.Function):
+    """The energies of maps and their gradients in closed form.
+
+    With f and m less their local means, c = K(fm), a = K(m²), b = K(f²) and P = ab + eps, the gradient of -Σc²/P in m
+    is f K'(-2c/P) + 2m K'(c²b/P²), where K sums over boxes and K' is its reverse; then m less its local mean is
+    reversed. The fixed maps get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, moved: Tensor, reference: Reference, box: Box | None) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        if box is None:
+            slope = _masked(_blocks(moved, reference) - reference.fixed, reference)
+            sums = 0.5 * slope.square().flatten(2).sum(2)
+        else:
+            sums, slope = _correlate(moved, reference, box, wanted)
+        if wanted:
+            ctx.save_for_backward(slope.view(moved.shape))
+        return sums.flatten()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * gradients[0].view(-1, *[1] * (slope.ndim - 1)), None, None
+
+
+def _correlate(moved: Tensor, reference: Reference, box: Box, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Minus the summed local correlation (n, R) of maps (nR, 1, *S), and where wanted its gradient (nR, 1, *S)."""
+    voxels = (2 * box.half_width + 1) ** (moved.ndim - 2)
+    centred = moved - box.sum(moved) / voxels
+    f, b, m = reference.centred, reference.spread, _blocks(centred, reference)
+    assert f is not None and b is not None
+    cross = _blocks(box.sum((m * f).view(moved.shape)), reference)
+    product = _blocks(box.sum(centred * centred), reference) * b + _EPS
+    ratio = _masked(cross / product, reference)
+    sums = -(cross * ratio).flatten(2).sum(2)
+    if not wanted:
+        return sums, sums
+    push = box.reverse((ratio.square() * b).view(moved.shape))
+    pull = box.reverse(ratio.view(moved.shape))
+    slope = 2.0 * (_blocks(push, reference) * m - _blocks(pull, reference) * f).view(moved.shape)
+    return sums, slope - box.reverse(slope) / voxels
+
+
+def _blocks(maps: Tensor, reference: Reference) -> Tensor:
+    """Maps (nR, 1, *S) as (n, R, 1, *S)."""
+    if len(maps) % len(reference.fixed) or maps.shape[1:] != reference.fixed.shape[1:]:
+        raise ValueError(
+            f"Similarity: moved images {tuple(maps.shape)} are no blocks of fixed ones {tuple(reference.fixed.shape)}"
+        )
+    return maps.reshape(-1, *reference.fixed.shape)
+
+
+def _masked(blocks: Tensor, reference: Reference) -> Tensor:
+    """Blocks (n, R, 1, *S), 0 where the mask is: also where they are not finite."""
+    return blocks if reference.mask is None else torch.where(reference.mask, blocks, 0.0)
