@@ -163,7 +163,8 @@ class InnerLoop:
             if posterior is None:
                 return self._from_nothing(problem, moving, fixed, mask, generator, iterations)
             posterior.to(moving.device)
-            images, count = Level((1,) * (moving.ndim - 2), moving, fixed, mask), iterations or self.iterations
+            images = Level((1,) * (moving.ndim - 2), moving, fixed, mask)
+            count = self.iterations if iterations is None else iterations
             trace = self._descend(problem, posterior, images, generator, count)
         return Fit(posterior, trace, (len(trace),))
 
@@ -176,8 +177,9 @@ class InnerLoop:
         generator: torch.Generator | None,
         iterations: int | None,
     ) -> Fit:
+        total = self.total if iterations is None else iterations
         posterior, last, traces = None, (1,) * (moving.ndim - 2), []
-        for level, count in zip(self.levels, schedule(iterations or self.total, self.shares), strict=True):
+        for level, count in zip(self.levels, schedule(total, self.shares), strict=True):
             images = coarser(moving, fixed, mask, level)
             if posterior is None:
                 posterior = self.initial(problem, moving, fixed, level)
