@@ -1,0 +1,102 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""q_f: a Gaussian over images, which stands in for the model's own distribution of fixed images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from common.losses.checks import as_float, full_precision
+
+from .low_rank import half_energies, low_rank_deviation
+from .posterior import LowRankGaussian
+
+__all__ = ["ImageGaussian"]
+
+
+class ImageGaussian(nn.Module):
+    """N(fixed, diag(exp(log_var)) + sum_r factors_r factors_rᵀ), one for all pairs of an atlas.
+
+    The mean is the atlas and nothing to learn: it is not in the state dict.
+
+    Args:
+        fixed: (1, 1, *S), in [0, 1].
+        sigma: the diagonal's standard deviation at the start.
+        factor: height of the factors at the start.
+        rank: how many factors.
+
+    Raises:
+        ValueError: for anything but one image of one channel.
+    """
+
+    mean: Tensor
+
+    def __init__(self, fixed: Tensor, sigma: float = 0.1, factor: float = 0.1, rank: int = 1) -> None:
+        super().__init__()
+        if fixed.ndim not in (4, 5) or fixed.shape[:2] != (1, 1):
+            raise ValueError(f"ImageGaussian: the fixed image must be (1, 1, *S), got {tuple(fixed.shape)}")
+        mean = as_float(fixed.detach())
+        start = LowRankGaussian.initial(1, mean.shape[2:], 1, rank, sigma, factor, mean=mean).state()
+        self.register_buffer("mean", mean, persistent=False)
+        self.log_var = nn.Parameter(start["log_var"])
+        self.factors = nn.Parameter(start["factors"])
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Variances of the diagonal are at most 1, and factors in [-1, 1]; to be called before every draw."""
+        self.log_var.clamp_(max=0.0)
+        self.factors.clamp_(-1.0, 1.0)
+
+    def draw(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Standard normal numbers for one pair of images.
+
+        Args:
+            generator: where they come from, on any device; PyTorch's own one if not given.
+
+        Returns:
+            noise (1, 1, *S) and coefficients (1, rank).
+        """
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.log_var.shape, generator=generator, device=device)
+        coefficients = torch.randn(self.factors.shape[:2], generator=generator, device=device)
+        return noise.to(self.log_var), coefficients.to(self.log_var)
+
+    def deviation(self, noise: Tensor, coefficients: Tensor) -> Tensor:
+        """An image's distance from the mean.
+
+        Args:
+            noise: (1, 1, *S).
+            coefficients: (1, rank).
+
+        Returns:
+            (1, 1, *S), float32.
+        """
+        with full_precision(self.log_var.device):
+            return low_rank_deviation(self.log_var, self.factors, noise, coefficients)
+
+    def pair(self, noise: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Two images that are mirrored at the mean but for what leaves [0, 1], which is cut off.
+
+        Args:
+            noise: (1, 1, *S).
+            coefficients: (1, rank).
+
+        Returns:
+            (1, 1, *S) each, float32.
+        """
+        deviation = self.deviation(noise, coefficients)
+        return (self.mean + deviation).clamp(0.0, 1.0), (self.mean - deviation).clamp(0.0, 1.0)
+
+    def half_log_determinant(self) -> Tensor:
+        """Half the logarithm of the covariance's determinant, (1,): the entropy without its constant."""
+        with full_precision(self.log_var.device):
+            return half_energies(self.log_var, self.factors, torch.zeros_like(self.log_var))[0]
