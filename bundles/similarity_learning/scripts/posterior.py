@@ -10,11 +10,7 @@
 # limitations under the License.
 """q(v): a Gaussian over the parameters of a transformation, with a covariance of a diagonal plus low rank.
 
-For each image q(v) = N(mean, D + U Uᵀ), D = diag(exp(log_var)), and the R columns of U are ``factors``. The energies of
-its density are taken from R x R matrices (Woodbury's identity, and the determinant lemma), with W = D^-1/2 U:
-
-    log det(D + U Uᵀ) = log det(I + Wᵀ W) + sum(log_var)
-    (D + U Uᵀ)^-1 = D^-1/2 (I - W (I + Wᵀ W)^-1 Wᵀ) D^-1/2
+For each image q(v) = N(mean, D + U Uᵀ), D = diag(exp(log_var)), and the R columns of U are ``factors``.
 """
 
 from __future__ import annotations
@@ -27,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from common.losses.checks import full_precision
+
+from .low_rank import half_energies, low_rank_deviation
 
 __all__ = ["LowRankGaussian"]
 
@@ -129,8 +127,7 @@ class LowRankGaussian(nn.Module):
             (B, d, *L), in voxels.
         """
         with full_precision(self.mean.device):
-            shared = torch.einsum("br,br...->b...", coefficients, self.factors)
-            return torch.addcmul(shared, noise, torch.exp(0.5 * self.log_var))
+            return low_rank_deviation(self.log_var, self.factors, noise, coefficients)
 
     def antithetic(self, deviation: Tensor) -> Tensor:
         """The samples ``mean + deviation`` of all images, then ``mean - deviation`` of all, (2B, d, *L)."""
@@ -159,10 +156,7 @@ class LowRankGaussian(nn.Module):
 
     def half_log_determinant(self) -> Tensor:
         """Half the logarithm of the covariance's determinant, (B,): the entropy without its constant."""
-        with full_precision(self.mean.device):
-            whitened = self._whitened_factors()
-            root = torch.linalg.cholesky(self._capacitance(whitened))
-            return root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * self.log_var.flatten(1).sum(-1)
+        return self.half_energies(torch.zeros_like(self.mean))[0]
 
     def half_mahalanobis(self, deviation: Tensor) -> Tensor:
         """Half the squared distance from the mean in the metric of the covariance, (B,); the same for ``-deviation``.
@@ -170,12 +164,13 @@ class LowRankGaussian(nn.Module):
         Args:
             deviation: (B, d, *L), a sample's distance from the mean. Gradients flow to it too, as published.
         """
+        return self.half_energies(deviation)[1]
+
+    def half_energies(self, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`half_log_determinant` and :meth:`half_mahalanobis`, in one pass over the parameters."""
         with full_precision(self.mean.device):
-            whitened = self._whitened_factors()
-            white = (deviation * torch.exp(-0.5 * self.log_var)).flatten(1)
-            along = torch.einsum("brn,bn->br", whitened, white)
-            solved = torch.linalg.solve(self._capacitance(whitened), along)
-            return 0.5 * (white.square().sum(-1) - (along * solved).sum(-1))
+            determinant, distance = half_energies(self.log_var, self.factors, deviation)
+            return determinant, distance
 
     def resized(
         self,
@@ -231,16 +226,6 @@ class LowRankGaussian(nn.Module):
     def extra_repr(self) -> str:
         """The sizes, for ``print``."""
         return f"shape={tuple(self.mean.shape)}, rank={self.rank}"
-
-    def _whitened_factors(self) -> Tensor:
-        """W = D^-1/2 U, as (B, R, N)."""
-        return (self.factors * torch.exp(-0.5 * self.log_var).unsqueeze(1)).flatten(2)
-
-    @staticmethod
-    def _capacitance(whitened: Tensor) -> Tensor:
-        """I + Wᵀ W, (B, R, R)."""
-        identity = torch.eye(whitened.shape[1], dtype=whitened.dtype, device=whitened.device)
-        return identity + whitened @ whitened.mT
 
 
 def _cosine_modes(count: int, size: Sequence[int]) -> Tensor:
