@@ -27,6 +27,7 @@ from .variational import VariationalProblem
 __all__ = ["Level", "axis_factors", "carried", "check_levels", "coarser", "lattice_values", "schedule"]
 
 _FEWEST = 4  # voxels that an axis keeps at least
+_CORRECTIONS = 4
 
 
 class Level(NamedTuple):
@@ -130,9 +131,18 @@ def lattice_values(transformation: Transformation, velocity: Tensor, factors: Se
     if not isinstance(transformation, BSplineVelocity):
         return velocity
     size = velocity.shape[2:]
-    spacings = transformation.spacing * len(size) if len(transformation.spacing) == 1 else transformation.spacing
-    for axis, (n, spacing, count) in enumerate(zip(size, spacings, transformation.lattice(size), strict=True), 2):
-        # Control point j lies at voxel spacing * (j - 1); splines average neighbours, a smooth field changes little.
-        places = (spacing * (torch.arange(count, device=velocity.device) - 1)).clamp(0, n - 1)
+    values = _at_control_points(transformation, velocity)
+    for _ in range(_CORRECTIONS):
+        # Splines average neighbouring points: what that takes off a smooth field is put back.
+        values = values + _at_control_points(transformation, velocity - transformation.dense(values, size))
+    return values
+
+
+def _at_control_points(transformation: BSplineVelocity, velocity: Tensor) -> Tensor:
+    """A field at the control points; point j lies at voxel ``spacing * (j - 1)``, or beyond the border."""
+    size, spacing = velocity.shape[2:], transformation.spacing
+    spacings = spacing * len(size) if len(spacing) == 1 else spacing
+    for axis, (n, step, count) in enumerate(zip(size, spacings, transformation.lattice(size), strict=True), 2):
+        places = (step * (torch.arange(count, device=velocity.device) - 1)).clamp(0, n - 1)
         velocity = velocity.index_select(axis, places)
     return velocity
