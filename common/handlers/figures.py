@@ -52,7 +52,8 @@ _TITLES = {
     "grid": "warped grid",
     "jacobian": "log det J",
 }
-_WEIGHT_TITLE = "weight map"
+# Panels that are drawn where a network gives such a map: title, colours.
+_MAPS = {"weight": ("weight map", "viridis"), "uncertainty": ("uncertainty", "inferno")}
 _PLANE_NAMES = ("sagittal", "coronal", "axial")
 # What lies at the left, right, bottom and top of each plane, seen as radiologists do: the patient's right on the left.
 _PLANE_SIDES = (("A", "P", "I", "S"), ("R", "L", "I", "S"), ("R", "L", "P", "A"))
@@ -95,6 +96,8 @@ def registration_figure(
     title: str | None = None,
     *,
     weight_map: Tensor | None = None,
+    uncertainty: Tensor | None = None,
+    uncertainty_unit: str = "voxels",
     spacing: Any = None,
     affine: Any = None,
 ) -> Figure:
@@ -112,6 +115,7 @@ def registration_figure(
     - logarithm of the Jacobian determinant of ``x + ddf(x)``, positive where a fixed voxel draws from more than one
       voxel of moving, that is where moving tissue shrinks. Voxels with a determinant of 0 or less are red.
     - the weight map of the smoothness, where there is one, from 0 (dark) to 1.
+    - the uncertainty of the field, where there is one: the standard deviation of where a voxel comes from.
 
     Without ``affine`` array axes run right and up. With it the slices are sagittal, coronal and axial as radiologists
     see them, the patient's right on the left, and letters say so.
@@ -125,6 +129,8 @@ def registration_figure(
         moving_label, fixed_label, moved_label: (1, \\*S) or (\\*S) label maps.
         title: a line above all.
         weight_map: (1, \\*S) or (\\*S) map of the local weight of the smoothness, on the fixed grid.
+        uncertainty: likewise, the standard deviation of the displacement; 0 is dark, the scale is the picture's own.
+        uncertainty_unit: what it is in.
         spacing: mm per axis, for the shape of the panels; ``affine`` beats it.
         affine: (4, 4) voxel-to-world matrix of the fixed image, RAS mm; for 3-D.
 
@@ -143,14 +149,15 @@ def registration_figure(
     given = {"moving": moving_label, "fixed": fixed_label, "moved": moved_label}
     labels = {name: _volume(label, field.shape[1:]) for name, label in given.items() if label is not None}
     images = {"moving": moving, "fixed": fixed, "moved": moved}
-    images |= {} if weight_map is None else {"weight": weight_map}
+    maps = {"weight": weight_map, "uncertainty": uncertainty}
+    images |= {name: image for name, image in maps.items() if image is not None}
     volumes = {name: _volume(image, field.shape[1:]) for name, image in images.items()}
     millimetres = np.ones(dims) * np.asarray(1.0 if spacing is None else spacing, dtype=float)
     anatomical = affine is not None and dims == 3
     if anatomical:
         volumes, labels, field, millimetres = _to_ras(volumes, labels, field, np.asarray(affine, dtype=float))
     slices = _slices(volumes, labels, field, millimetres, anatomical)
-    return _draw(slices, title)
+    return _draw(slices, title, uncertainty_unit)
 
 
 def figure_to_array(figure: Figure, dpi: int = 110) -> NDArray[np.uint8]:
@@ -256,9 +263,9 @@ def _determinant(field: Array, plane: int | None, centre: Sequence[int]) -> Arra
     return np.take(determinant, centre[plane] - start, axis=plane)
 
 
-def _draw(slices: Sequence[_Slice], title: str | None) -> Figure:
+def _draw(slices: Sequence[_Slice], title: str | None, unit: str) -> Figure:
     scales = _scales(slices)
-    titles = {**_TITLES, "weight": _WEIGHT_TITLE} if "weight" in slices[0].images else _TITLES
+    titles = {**_TITLES, **{name: text for name, (text, _) in _MAPS.items() if name in slices[0].images}}
     figure, boxes = _layout([s.ratio for s in slices], title is not None, len(titles))
     shown: dict[str, Any] = {}
     for row, part in enumerate(slices):
@@ -270,7 +277,7 @@ def _draw(slices: Sequence[_Slice], title: str | None) -> Figure:
             if column == 0:
                 axis.set_ylabel(part.name, color="0.8", fontsize=9)
                 _letter(axis, part.sides)
-    _legends(figure, boxes[-1], shown, slices[0].labels)
+    _legends(figure, boxes[-1], shown, slices[0].labels, unit)
     if title:
         figure.suptitle(title, color="white", fontsize=11, y=1 - 0.08 / figure.get_figheight(), va="top")
     return figure
@@ -310,6 +317,8 @@ def _scales(slices: Sequence[_Slice]) -> dict[str, tuple[float, float]]:
     determinants = np.concatenate([s.determinant.ravel() for s in slices])
     logarithms = np.abs(np.log(determinants[determinants > 0]))
     limit = max(float(np.percentile(logarithms, 99.5)) if logarithms.size else 0.0, 0.1)
+    spread = [s.images["uncertainty"].ravel() for s in slices if "uncertainty" in s.images]
+    widest = float(np.nanpercentile(np.concatenate(spread), 99.5)) if spread else 0.0
     return {
         "moving": moving,
         "fixed": fixed,
@@ -320,6 +329,7 @@ def _scales(slices: Sequence[_Slice]) -> dict[str, tuple[float, float]]:
         "jacobian": (-limit, limit),
         # One scale for all pictures, so that maps of several pairs and epochs can be compared.
         "weight": (0.0, 1.0),
+        "uncertainty": (0.0, widest if widest > 0 else 1.0),
     }
 
 
@@ -332,8 +342,8 @@ def _panel(axis: Axes, name: str, part: _Slice, scale: tuple[float, float]) -> A
         shown = _draw_jacobian(axis, part, scale)
     elif name in ("before", "after"):
         shown = _show(axis, part.difference("moving" if name == "before" else "moved"), scale, "magma")
-    elif name == "weight":
-        shown = _show(axis, part.images[name], scale, "viridis")
+    elif name in _MAPS:
+        shown = _show(axis, part.images[name], scale, _MAPS[name][1])
     else:
         shown = _show(axis, part.images["moved" if name == "grid" else name], scale, "gray")
         if name == "grid":
@@ -395,14 +405,17 @@ def _letter(axis: Axes, sides: Sequence[str] | None) -> None:
         axis.text(x, y, text, ha=ha, va=va, color="#ffd92f", fontsize=8, transform=axis.transAxes)
 
 
-def _legends(figure: Figure, boxes: Sequence[Sequence[float]], shown: Mapping[str, Any], labels: Any) -> None:
-    """Scales beneath the differences and the determinant, and what the outlines are."""
+def _legends(
+    figure: Figure, boxes: Sequence[Sequence[float]], shown: Mapping[str, Any], labels: Any, unit: str
+) -> None:
+    """Scales beneath the differences, the determinant and maps, and what the outlines are."""
     high = figure.get_figheight()
     names = list(shown)
     scales = [
         ("before", "after", "absolute difference"),
         ("jacobian", "jacobian", "> 0: moving shrinks    red: folded"),
         ("weight", "weight", "weight of the smoothness"),
+        ("uncertainty", "uncertainty", f"standard deviation, {unit}"),
     ]
     for first, last, text in (scale for scale in scales if scale[0] in shown):
         left, lower = boxes[names.index(first)][:2]

@@ -30,6 +30,7 @@ from common.spatial import warp, warp_labels
 __all__ = ["PictureHandler", "PictureSaver", "pair_name"]
 
 _NEEDED = ("moving", "fixed", "ddf")
+_MAPS = ("weight_map", "uncertainty")
 
 
 def pair_name(output: Mapping[str, Any], item: int, number: int) -> str:
@@ -43,7 +44,7 @@ def pair_name(output: Mapping[str, Any], item: int, number: int) -> str:
 
 def _item(output: Mapping[str, Any], item: int) -> dict[str, Tensor]:
     """One pair's tensors on the CPU, with what a trainer may not have needed: the moved image and label."""
-    names = (*_NEEDED, "moved", "moving_label", "fixed_label", "moved_label", "weight_map")
+    names = (*_NEEDED, "moved", "moving_label", "fixed_label", "moved_label", *_MAPS)
     batch = {name: output[name][item : item + 1].detach() for name in names if output.get(name) is not None}
     if "moved" not in batch:
         batch["moved"] = warp(batch["moving"], batch["ddf"])
@@ -55,7 +56,7 @@ def _item(output: Mapping[str, Any], item: int) -> dict[str, Tensor]:
 class PictureHandler:
     """Draw the first pairs of an epoch; a subclass says where the pictures go.
 
-    The map of a network that gives a ``weight_map`` is drawn too.
+    A ``weight_map`` or an ``uncertainty`` (in voxels) that a network gives is drawn too.
 
     Args:
         every: epochs between two sets of pictures.

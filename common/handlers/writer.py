@@ -34,6 +34,8 @@ __all__ = ["RegistrationWriter"]
 
 logger = logging.getLogger(__name__)
 
+_DRAWN_MAPS = ("weight_map", "uncertainty")
+
 
 class RegistrationWriter:
     """Write each registered pair of an evaluator to a folder.
@@ -108,20 +110,44 @@ class RegistrationWriter:
         if "inverse_ddf" in output:
             inverse = output["inverse_ddf"][item : item + 1]
             _write_inverse(folder, inverse, old, (moving, fixed), self.field_format)
-        given = {name: output[name][item : item + 1] for name in self.maps if name in output}
-        maps = {name: _write_map(folder, name, seen_map, old[0], fixed) for name, seen_map in given.items()}
+        maps = self._write_maps(folder, pair, output, item, (moving, fixed))
         # Before registration: where the network met the moving scan, which is the centres of both grids together.
         before = warp(image, start, padding="zeros")
         old_image, new_image = _to_one_scale(image, before, moved)
         target = _image(fixed, seen.device)
         (target,) = _to_one_scale(target, target)
         labels: dict[str, Any] = _moved_labels(folder, pair, ddf, start, fixed) if pair.get("moving_label") else {}
-        view = {"weight_map": maps.get("weight_map"), **_view(fixed)}
-        figure = registration_figure(old_image[0], target[0], new_image[0], ddf[0], **labels, **view)
+        view = {**labels, **maps, **_view(fixed)}
+        figure = registration_figure(old_image[0], target[0], new_image[0], ddf[0], **view)
         figure.savefig(folder / "registration.png", dpi=110)
         # JSON has no NaN: what could not be measured is null.
         metrics = {k: [None if v != v else v for v in values[item].tolist()] for k, values in output["metrics"].items()}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+    def _write_maps(
+        self,
+        folder: Path,
+        pair: Mapping[str, Any],
+        output: Mapping[str, Any],
+        item: int,
+        scans: tuple[Scan, Scan],
+    ) -> dict[str, Any]:
+        """Write what the network says beside the field, on the grid of the fixed file; a subclass may write more.
+
+        Args:
+            folder: where to.
+            pair: the files.
+            output: the evaluator's, of a batch.
+            item: which of the batch.
+            scans: moving and fixed.
+
+        Returns:
+            keywords of :func:`registration_figure` for the maps that it draws.
+        """
+        given = {name: output[name][item : item + 1] for name in self.maps if name in output}
+        affine = output["fixed_affine"][item]
+        maps = {name: _write_map(folder, name, seen, affine, scans[1]) for name, seen in given.items()}
+        return {name: maps[name] for name in _DRAWN_MAPS if name in maps}
 
 
 def _write_inverse(

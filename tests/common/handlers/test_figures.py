@@ -76,6 +76,23 @@ def test_a_weight_map_has_a_panel_of_its_own(dims: int, rows: int) -> None:
     assert not has_colour(shown[:, 5:6], "#440154")
 
 
+@pytest.mark.parametrize(("dims", "rows"), [(2, 1), (3, 3)])
+def test_an_uncertainty_has_a_panel_and_a_scale_from_0_in_its_unit(dims: int, rows: int) -> None:
+    given = example(dims)
+    spread = torch.full_like(given["fixed"], 2.5)
+    spread[0, 10:] = 0.0
+    figure = registration_figure(**given, uncertainty=spread, uncertainty_unit="mm", weight_map=spread / 2.5)
+    titles = [a.get_title() for a in figure.axes if a.get_title()]
+    assert titles[-2:] == ["weight map", "uncertainty"]
+    scale = next(a for a in figure.axes if a.get_label() == "uncertainty_scale")
+    assert scale.get_xlim() == (0.0, 2.5) and scale.get_xlabel() == "standard deviation, mm"
+    shown = panel(figure, "uncertainty", rows - 1)
+    # The ends of inferno: the largest value on the left, 0 on the right.
+    assert has_colour(shown[:, 5:6], "#fcffa4") and has_colour(shown[:, -6:-5], "#000004")
+    none = registration_figure(**given, uncertainty=torch.zeros_like(spread))
+    assert next(a for a in none.axes if a.get_label() == "uncertainty_scale").get_xlim() == (0.0, 1.0)
+
+
 def test_pyplot_knows_nothing_of_it() -> None:
     import matplotlib.pyplot as plt
 

@@ -88,8 +88,9 @@ def test_a_trainer_need_not_have_warped_anything(tmp_path: Path) -> None:
     assert torch.equal(whole["moved"], bare["moved"]) and torch.equal(bare["moved_label"], bare["moving_label"])
 
 
-def test_a_weight_map_is_drawn_where_there_is_one(tmp_path: Path) -> None:
-    for name, more in (("without", {}), ("with", {"weight_map": torch.rand(2, 1, 14, 12)})):
+@pytest.mark.parametrize("kind", ["weight_map", "uncertainty"])
+def test_a_map_is_drawn_where_there_is_one(kind: str, tmp_path: Path) -> None:
+    for name, more in (("without", {}), ("with", {kind: torch.rand(2, 1, 14, 12)})):
         engine = Engine(lambda e, b, more=more: output(2, **more))
         PictureSaver(tmp_path / name, count=1).attach(engine)
         engine.run([0])
