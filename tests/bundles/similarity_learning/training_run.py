@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bundles.similarity_learning.scripts.contrastive import ContrastiveObjective
-from bundles.similarity_learning.scripts.image_posterior import ImageGaussian
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from bundles.similarity_learning.scripts.contrastive import ContrastiveObjective
+from bundles.similarity_learning.scripts.image_posterior import ImageGaussian
 from bundles.similarity_learning.scripts.inner_loop import InnerLoop
 from bundles.similarity_learning.scripts.prepare import atlas_image
 from bundles.similarity_learning.scripts.regularisation import DifferenceEnergy
