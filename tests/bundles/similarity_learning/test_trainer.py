@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,16 @@ def test_a_scan_that_is_no_number_stops_the_run_by_name_before_anything_is_store
     assert ("m2", "atlas") not in run.store and ("m0", "atlas") in run.store
     assert all(torch.isfinite(tensor).all() for tensor in run.similarity.state_dict().values())
     assert not torch.equal(before["encoder.convolutions.0.weight"], run.similarity.encoder.convolutions[0].weight)
+
+
+def test_a_loss_of_the_network_that_is_no_number_does_not_reach_its_weights() -> None:
+    run = Run()
+    before = weights(run)
+    honest = run.trainer.objective
+    run.trainer.objective = lambda *values: {name: part * math.nan for name, part in honest(*values).items()}
+    with pytest.raises(NonFiniteLossError, match=r"iteration 1.*'model': nan.*m0.*m1.*learning rates of the network"):
+        run.run()
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.similarity.state_dict().items())
 
 
 def _another_fixed(item: dict[str, Any]) -> dict[str, Any]:
