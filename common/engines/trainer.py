@@ -198,7 +198,7 @@ def require_finite(
     """
     if bool(torch.isfinite(total)):
         return
-    bad = {name: float(value) for name, value in terms.items() if not bool(torch.isfinite(value))}
+    bad = {name: float(value.detach()) for name, value in terms.items() if not bool(torch.isfinite(value))}
     who = {key: batch[key] for key in ("moving_id", "fixed_id") if key in batch}
     raise NonFiniteLossError(
         f"iteration {iteration}: the loss is {float(total.detach())}; "
