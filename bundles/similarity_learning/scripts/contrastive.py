@@ -26,7 +26,7 @@ moves to where D is large; nothing but the limits of its parameters holds it.
 where the network descends and q_f ascends: it moves to where D is small, and its entropy H keeps it wide. Here q_f is
 centred on the moved image. Around F the difference says nothing in the simplest case: for a linear network A,
 E|A(F + d - M)|² - |A(F - M)|² = E|A d|², in which there is no M. Around M it is |A(F - M)|² - E|A d|²: what is found in
-real pairs against what the model would have. Images are not clipped for this, or q would be no Gaussian.
+real pairs against what the model would have. Samples are not clipped for this, or q would be no Gaussian.
 """
 
 from __future__ import annotations
@@ -81,11 +81,12 @@ class ContrastiveObjective:
             their sign reversed, so that an optimizer that descends makes the bound tight.
         """
         draws = image_posterior.draw() if draws is None else draws
-        plus, minus = image_posterior.pair(*draws)
         entropy = image_posterior.half_log_determinant().sum()
         if self.kind == "bound":
             deviation = _Reversed.apply(image_posterior.deviation(*draws))
             plus, minus, entropy = moved[1] + deviation, moved[2] - deviation, _Reversed.apply(entropy)
+        else:
+            plus, minus = image_posterior.pair(*draws)
         terms = [
             similarity.energy(similarity.reference(image, mask), warped).mean()
             for image, warped in zip((image_posterior.mean, plus, minus), moved, strict=True)

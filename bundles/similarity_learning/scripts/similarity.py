@@ -63,6 +63,9 @@ class Similarity(nn.Module):
         train_lcc_kernel: the weights of the box are parameters, as in the published learnt "lcc"; sums are divided by
             the number of voxels in the box whatever they become.
         normalised: divide energies by the number of voxels that count, so that weights do not depend on the size.
+
+    Raises:
+        ValueError: for another kind, a window without neighbours, or a trained box without "lcc".
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Similarity(nn.Module):
         self.kind = check_choice("Similarity", "kind", kind, KINDS)
         if train_lcc_kernel and kind != "lcc":
             raise ValueError(f"Similarity: train_lcc_kernel is an option of kind 'lcc', but the kind is {kind!r}")
+        if window < 1:
+            raise ValueError(f"Similarity: window must be at least 1, got {window}")
         self.window, self.normalised, self.spatial_dims = window, normalised, spatial_dims
         self.encoder = FeatureEncoder(spatial_dims, 1, channels) if learnt else None
         ones = torch.ones(1, 1, *(2 * window + 1,) * spatial_dims)
@@ -224,5 +229,5 @@ def _blocks(maps: Tensor, reference: Reference) -> Tensor:
 
 
 def _masked(blocks: Tensor, reference: Reference) -> Tensor:
-    """Blocks (n, R, 1, *S), 0 where the mask is: also where they are not finite."""
+    """Blocks (n, R, 1, *S), 0 where the mask is not."""
     return blocks if reference.mask is None else torch.where(reference.mask, blocks, 0.0)
