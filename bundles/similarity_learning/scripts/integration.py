@@ -48,8 +48,8 @@ def integrate_quickly(velocity: Tensor, steps: int = 12, *, squarings: int = 5) 
     """What :func:`common.spatial.integrate` gives with padding "border", up to the fourth order of a small step.
 
     For steps = 12 it composes fields 7 times rather than 12, and keeps 6 for the backward pass rather than 12. The
-    difference was 1e-6 voxel for white velocities of up to 3 voxels (as much as float32 rounds), 1e-4 voxel for smooth
-    ones of up to 32.
+    difference was below 1e-6 voxel for samples of q(v) at its start, below 5e-6 for ones twice as large (float32 rounds
+    as much), 5e-5 for ones of a deviation of 0.8 voxel, which fold, and 2e-4 for smooth velocities of 30 voxels.
 
     Args:
         velocity: (B, d, *S), voxels a unit of time.
