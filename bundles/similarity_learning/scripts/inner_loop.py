@@ -205,7 +205,7 @@ class InnerLoop:
             reference = problem.similarity.reference(images.fixed, images.mask)
         trace: list[Tensor] = []
         title = f"q(v) 1/{max(images.factors)}" if max(images.factors) > 1 else "q(v)"
-        with _Progress(title, count, self.progress) as progress:
+        with _Progress(title, count, self.progress) as progress, _finite(trace):
             for _ in range(count):
                 optimizer.zero_grad(set_to_none=True)
                 energies = problem.energies(posterior, images.moving, reference, generator=generator)
@@ -215,9 +215,7 @@ class InnerLoop:
                 progress.step(trace)
                 if self.tolerance is not None and _settled(trace, self.tolerance):
                     break
-        result = torch.stack(trace) if trace else images.moving.new_zeros((0, 4, len(images.moving)))
-        _require_finite(result)
-        return result
+        return torch.stack(trace) if trace else images.moving.new_zeros((0, 4, len(images.moving)))
 
     def _predicted(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """The starting network's velocity, (B, d, *S) in voxels."""
@@ -281,16 +279,27 @@ def _settled(trace: list[Tensor], tolerance: float) -> bool:
     return bool((before - now <= tolerance * now.abs()).all())
 
 
-def _require_finite(trace: Tensor) -> None:
-    """Say in which iteration what was no number first, and of which image."""
-    bad = (~torch.isfinite(trace)).nonzero()
-    if not len(bad):
-        return
-    iteration, energy, image = bad[0].tolist()
-    raise NonFiniteLossError(
-        f"iteration {iteration} of q(v): the energy '{Energies._fields[energy]}' of image {image} of the batch is "
-        f"{float(trace[iteration, energy, image])}. Look at this scan, or lower the learning rate of q(v)"
-    )
+@contextmanager
+def _finite(trace: list[Tensor]) -> Iterator[None]:
+    """Say in which iteration what was no number first, and of which image.
+
+    Looks at the end, as looking waits for the device, or when a factorisation has failed over it.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        failure = error
+    bad = (~torch.isfinite(torch.stack(trace))).nonzero().tolist() if trace else []
+    advice = "Look at this scan, or lower the learning rate of q(v)"
+    if bad:
+        (iteration, energy, image), name = bad[0], Energies._fields[bad[0][1]]
+        raise NonFiniteLossError(
+            f"iteration {iteration} of q(v): the energy '{name}' of image {image} of the batch is "
+            f"{float(trace[iteration][energy, image])}. {advice}"
+        ) from failure
+    if failure is not None:
+        raise NonFiniteLossError(f"iteration {len(trace)} of q(v): its covariance is none. {advice}") from failure
 
 
 class _Progress:

@@ -196,6 +196,8 @@ class VariationalRegistration(RegistrationNetwork):
             NonFiniteLossError: when an energy is no number.
         """
         moving, fixed = split_pair(self.padded(image, 1), self.spatial_dims)
+        if moving.shape[1] != 1:
+            raise ValueError(f"images of one channel are registered; this pair has {image.shape[1]} channels, not 2")
         mask = None if self.fixed_mask is None else self.fixed_mask.to(fixed.device) > 0
         generator = torch.Generator(moving.device).manual_seed(self.seed)
         posterior = self.inner_loop.fit(self.problem, moving, fixed, mask, generator=generator).posterior
