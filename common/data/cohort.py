@@ -132,9 +132,9 @@ def load_cohort(
     """Load a cohort by name or from a dataset JSON.
 
     Args:
-        name_or_json: ``"synthetic"``, ``"cine"``, ``"sliding"``, a name that has a JSON in ``data_splits/``
-            (``"hippocampus"``, ``"oasis2d"``, ``"oasis"``, ``"lumir"``, ``"abdomen_ct"``, ``"autopet"``, ``"ixi"``,
-            ``"acdc"``, ``"mnms"``, ``"ukbb"``, ``"camcan"``), or the path of a dataset JSON.
+        name_or_json: ``"synthetic"``, ``"cine"``, ``"sliding"``, ``"contrast"``, a name that has a JSON in
+            ``data_splits/`` (``"hippocampus"``, ``"oasis2d"``, ``"oasis"``, ``"lumir"``, ``"abdomen_ct"``,
+            ``"autopet"``, ``"ixi"``, ``"acdc"``, ``"mnms"``, ``"ukbb"``, ``"camcan"``), or the path of a dataset JSON.
         dataset_dir: folder of the data. Default for a JSON's path: the JSON's own folder, as Learn2Reg has it; for
             the embedded cohorts and downloads: ``~/.cache/warpzoo`` (``XDG_CACHE_HOME`` is respected).
         datalist: a dataset JSON that takes the place of the name's own.
@@ -145,13 +145,13 @@ def load_cohort(
         test_list: which of the JSON's lists is ``test``, such as ``"test_020"``. Default: ``"test"``.
         download: fetch the data when they are missing (``"hippocampus"`` only).
         must_exist: check at once that every file is there.
-        spatial_dims: 2 or 3: which of the synthetic and sliding cohorts; other cohorts have to be of this dimension.
-            Stacks of slices are of dimension 2 where slices are registered one by one, and volumes where it is 3.
-            Default: 3 for ``"synthetic"``, 2 for ``"sliding"`` and stacks, any for others.
+        spatial_dims: 2 or 3: which of the synthetic, sliding and contrast cohorts; other cohorts have to be of this
+            dimension. Stacks of slices are of dimension 2 where slices are registered one by one, and volumes where it
+            is 3. Default: 3 for ``"synthetic"``, 2 for ``"sliding"``, ``"contrast"`` and stacks, any for others.
         hold_out: part of the training subjects that become validation pairs where the JSON lists none, always the same.
-        synthetic: ``anatomy_seed``, ``spatial_size`` and ``magnitude`` of an embedded cohort, see
-            :func:`common.data.synthetic.synthetic_cohort`, :func:`common.data.cine.cine_cohort` and
-            :func:`common.data.sliding.sliding_cohort`.
+        synthetic: ``anatomy_seed``, ``spatial_size``, ``magnitude`` and ``contrast`` of an embedded cohort, see
+            :func:`common.data.synthetic.synthetic_cohort`, :func:`common.data.cine.cine_cohort`,
+            :func:`common.data.sliding.sliding_cohort` and :func:`common.data.contrast.contrast_cohort`.
 
     Returns:
         the cohort.
@@ -165,7 +165,7 @@ def load_cohort(
         dims = {} if spatial_dims is None else {"spatial_dims": spatial_dims}
         cohort = _embedded(str(name_or_json))(dataset_dir, **dims, **synthetic)
     elif synthetic:
-        raise TypeError(f"options {sorted(synthetic)} are for the 'synthetic' cohort, not for '{name_or_json}'")
+        raise TypeError(f"options {sorted(synthetic)} are for embedded cohorts, not for '{name_or_json}'")
     else:
         path = Path(datalist) if datalist is not None else json_path(name_or_json)
         if dataset_dir is None:
@@ -196,10 +196,17 @@ def load_cohort(
 def _embedded(name: str) -> Callable[..., Cohort]:
     """The maker of a cohort that needs no files; imported late, since it imports this module."""
     from common.data.cine import cine_cohort
+    from common.data.contrast import contrast_cohort
     from common.data.sliding import sliding_cohort
     from common.data.synthetic import synthetic_cohort
 
-    return {"synthetic": synthetic_cohort, "cine": cine_cohort, "sliding": sliding_cohort}[name]
+    makers = {
+        "synthetic": synthetic_cohort,
+        "cine": cine_cohort,
+        "sliding": sliding_cohort,
+        "contrast": contrast_cohort,
+    }
+    return makers[name]
 
 
 def _set_aside(cohort: Cohort, fraction: float) -> None:

@@ -23,7 +23,7 @@ from common.data.download import cache_folder
 __all__ = ["EMBEDDED", "default_folder", "json_path", "require_files"]
 
 # Cohorts that are made on first use.
-EMBEDDED = ("synthetic", "cine", "sliding")
+EMBEDDED = ("synthetic", "cine", "sliding", "contrast")
 _SHOWN = 5
 
 

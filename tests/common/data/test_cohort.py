@@ -173,7 +173,7 @@ def test_what_is_no_json(tmp_path: Path) -> None:
 def test_unknown_names_and_options(four: Entries, write_json: Writer) -> None:
     with pytest.raises(ValueError, match=r"unknown cohort 'brains'.*'hippocampus'"):
         load_cohort("brains")
-    with pytest.raises(TypeError, match=r"\['spatial_size'\] are for the 'synthetic' cohort"):
+    with pytest.raises(TypeError, match=r"\['spatial_size'\] are for embedded cohorts"):
         load_cohort(write_json(training=four), spatial_size=24)
     with pytest.raises(ValueError, match="has no list 'test_7'; it has \\['training'\\]"):
         load_cohort(write_json(training=four), test_list="test_7")
