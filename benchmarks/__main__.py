@@ -11,7 +11,7 @@
 """``make bench``: every measurement as one table, and as JSON for whoever wants to plot it.
 
 ``python -m benchmarks [--output runs/benchmarks.json] [--size 96]
-[--only spatial losses transforms dual_stream gradirn spatially_varying]``
+[--only spatial losses transforms dual_stream gradirn spatially_varying similarity_learning]``
 """
 
 from __future__ import annotations
@@ -32,7 +32,15 @@ from tqdm import tqdm
 
 from benchmarks.measure import format_table
 
-AREAS = ("spatial", "losses", "transforms", "dual_stream", "gradirn", "spatially_varying")
+AREAS = (
+    "spatial",
+    "losses",
+    "transforms",
+    "dual_stream",
+    "gradirn",
+    "spatially_varying",
+    "similarity_learning",
+)
 _SIZED = ("spatial", "losses")
 
 
