@@ -88,6 +88,8 @@ def hippocampus() -> dict[str, Any]:
         "spacing": [1.0, 1.0, 1.0],
         "orientation": "RAS",
         "labels": {"0": "background", "1": "anterior", "2": "posterior"},
+        # Of the training subjects the one whose label volumes, extent and principal axes are nearest to the medians.
+        "suggested_atlas": "hippocampus_303",
         "training": [subject(name, *files) for name in sorted(order[:160])],
         "validation": [pair(*ids, *files) for ids in ring(order[160:180])],
         "test": [pair(*ids, *files) for ids in ring_and_more(order[180:220], 60)],

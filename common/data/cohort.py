@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.data.atlas import choose_atlas, pairs_to_atlas
 from common.data.datalist import Entry, is_pair, parse_labels, parse_pairs, parse_subjects, read_json
 from common.data.entry_reader import EntryReader
 from common.data.layouts import list_folders, use_layout
 from common.data.places import EMBEDDED, default_folder, json_path, require_files
 from common.data.subject_folders import list_subject_folders
+from common.data.subjects import split_pairs
 from common.data.subsets import hold_out_pairs, nested_subset, set_pairs_aside
 from common.data.truth import TRUTH_KEYS
 
@@ -127,6 +129,7 @@ def load_cohort(
     must_exist: bool = True,
     spatial_dims: int | None = None,
     hold_out: float | None = None,
+    atlas: str | bool | None = None,
     **synthetic: Any,
 ) -> Cohort:
     """Load a cohort by name or from a dataset JSON.
@@ -149,6 +152,10 @@ def load_cohort(
             dimension. Stacks of slices are of dimension 2 where slices are registered one by one, and volumes where it
             is 3. Default: 3 for ``"synthetic"``, 2 for ``"sliding"``, ``"contrast"`` and stacks, any for others.
         hold_out: part of the training subjects that become validation pairs where the JSON lists none, always the same.
+        atlas: register everyone to one subject: its id, or True for the one that the JSON has or suggests. It takes no
+            part in training otherwise, and ``validation`` and ``test`` become pairs of their subjects (moving) and the
+            atlas (fixed). Training pairs are then :class:`common.data.PairDataset`'s with strategy ``"atlas"`` and
+            ``atlas_is="fixed"``. Default: pairs as they are listed.
         synthetic: ``anatomy_seed``, ``spatial_size``, ``magnitude`` and ``contrast`` of an embedded cohort, see
             :func:`common.data.synthetic.synthetic_cohort`, :func:`common.data.cine.cine_cohort`,
             :func:`common.data.sliding.sliding_cohort` and :func:`common.data.contrast.contrast_cohort`.
@@ -181,6 +188,8 @@ def load_cohort(
             raise ValueError(f"cohort '{cohort.name}' is {cohort.spatial_dims}-D, spatial_dims is {spatial_dims}")
     if hold_out is not None and not cohort.validation:
         _set_aside(cohort, hold_out)
+    if atlas is not None and atlas is not False:
+        _register_to(cohort, atlas)
     # A cohort of pairs alone, such as the two phases of a heart, is made smaller by leaving out pairs.
     name = "training" if cohort.training or not cohort.training_pairs else "training_pairs"
     at_least = 2 if name == "training" and not cohort.atlas else 1
@@ -207,6 +216,18 @@ def _embedded(name: str) -> Callable[..., Cohort]:
         "contrast": contrast_cohort,
     }
     return makers[name]
+
+
+def _register_to(cohort: Cohort, wanted: str | bool) -> None:
+    """Make one subject the atlas, and pairs with it of validation and test."""
+    if not cohort.training:
+        raise ValueError(f"cohort '{cohort.name}' has pairs of one subject's scans, of which none can be an atlas")
+    others = split_pairs([*cohort.validation, *cohort.test])[0]
+    suggested = cohort.meta.get("suggested_atlas")
+    cohort.atlas = choose_atlas(wanted, cohort.atlas, suggested, [*cohort.training, *others], cohort.name)
+    cohort.training = [entry for entry in cohort.training if entry["image"] != cohort.atlas["image"]]
+    cohort.validation = pairs_to_atlas(cohort.validation, cohort.atlas)
+    cohort.test = pairs_to_atlas(cohort.test, cohort.atlas)
 
 
 def _set_aside(cohort: Cohort, fraction: float) -> None:
