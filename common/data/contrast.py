@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from common.data.cohort import Cohort, cohort_from_json
+from common.data.contrast_tissue import EDGE, Anatomy, Scanner, Shape, places_of
 from common.data.download import cache_folder
 from common.data.embedded import grid_of, one_thread, save_bytes, written_whole
 from common.data.pairing import generator_for
@@ -48,10 +49,7 @@ LABELS = dict(enumerate(_NAMES))
 VERSION = 1
 _SPLITS = {"training": range(24), "validation": range(24, 30), "test": range(30, 46)}
 _ATLAS = "contrast_atlas"
-_EDGE = 0.02
 _NOISE = 0.015
-_STEEPEST = 0.7
-_ITERATIONS = 60
 
 
 class ContrastPair(NamedTuple):
@@ -143,7 +141,7 @@ def make_contrast_pair(
     _check(magnitude, contrast)
     moving, shape = _subject_seen(size, seed, subject, magnitude, contrast, noise)
     (fixed, fixed_label, fixed_mask), (image, label, mask) = _atlas_seen(size, seed, noise), moving
-    return ContrastPair(fixed, image, fixed_label, label, fixed_mask, mask, shape.back(_places(size)))
+    return ContrastPair(fixed, image, fixed_label, label, fixed_mask, mask, shape.back(places_of(size)))
 
 
 def _check(magnitude: float, contrast: float) -> None:
@@ -153,170 +151,28 @@ def _check(magnitude: float, contrast: float) -> None:
         raise ValueError(f"contrast must be in [0, 2], beyond which tissues are no longer told apart, found {contrast}")
 
 
-def _places(size: Sequence[int]) -> Tensor:
-    """Every voxel, (d,*S) float64, from -1 to 1 along each axis, first to last voxel."""
-    axes = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in size]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
-
-
-def _waves(directions: np.ndarray, phases: np.ndarray, places: Tensor) -> Tensor:
-    """Sines (K,*S) of K wave vectors (K,d), in radians a unit, at places (d,*S)."""
-    arguments = torch.tensordot(torch.as_tensor(directions), places, dims=1)
-    return torch.sin(arguments + torch.as_tensor(phases).view(-1, *[1] * (places.ndim - 1)))
-
-
-def _directions(draw: np.random.Generator, count: int, dims: int, low: float, high: float) -> np.ndarray:
-    """Wave vectors (count,d) of random directions whose lengths lie between two."""
-    vectors = draw.standard_normal((count, dims))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors * draw.uniform(low, high, (count, 1)))
-
-
-def _on_axes(values: Sequence[float] | Tensor, places: Tensor) -> Tensor:
-    return torch.as_tensor(values, dtype=places.dtype).view(-1, *[1] * (places.ndim - 1))
-
-
-class _Shape:
-    """The map from a subject to the atlas: the subject shows at ``y`` what the atlas has at ``shape(y)``.
-
-    A few sines that fade towards the border. No derivative of the displacement exceeds 0.7, so the map is one to one
-    and the fixed point iteration for its inverse converges.
-
-    Args:
-        size: the grid.
-        magnitude: of the displacement; 1 is at most 4.5 to 6.5 voxels in 64.
-        draw: of the sines.
-    """
-
-    def __init__(self, size: Sequence[int], magnitude: float, draw: np.random.Generator) -> None:
-        dims, count = len(size), 8
-        self.half = torch.tensor([(n - 1) / 2 for n in size], dtype=torch.float64)
-        self.directions = _directions(draw, count, dims, 2.0, 6.0)
-        self.phases = draw.uniform(0, 2 * np.pi, count)
-        # Short waves are lower, for what counts is how steep they are.
-        lengths = np.linalg.norm(self.directions, axis=1, keepdims=True)
-        self.amplitudes = torch.as_tensor(draw.standard_normal((count, dims)) / lengths**1.5)
-        reach = magnitude * float(draw.uniform(4.5, 6.5)) * min(size) / 64
-        field = self.displacement(_places(size)) * _on_axes(self.half, torch.empty(1, *size))
-        slopes = torch.stack([torch.stack(torch.gradient(part)) for part in field])
-        steepest = float(torch.linalg.matrix_norm(slopes.flatten(2).movedim(2, 0), ord=2).max())
-        self.amplitudes *= min(reach / float(field.norm(dim=0).max()), _STEEPEST / steepest)
-
-    def displacement(self, places: Tensor) -> Tensor:
-        """(d,*S) in units of half the image."""
-        inside = (1 - places.clamp(-1, 1) ** 4).prod(0)
-        waves = _waves(self.directions, self.phases, places)
-        return (
-            torch.tensordot(self.amplitudes.T, waves, dims=1) * inside / _on_axes(self.half / self.half.min(), places)
-        )
-
-    def __call__(self, places: Tensor) -> Tensor:
-        """Where in the atlas the subject's places (d,*S) lie."""
-        return places + self.displacement(places)
-
-    def back(self, places: Tensor) -> Tensor:
-        """The field (d,*S) float32, voxels, from the atlas's places to the subject's, to rounding."""
-        found = torch.zeros_like(places)
-        for _ in range(_ITERATIONS):
-            before, found = found, -self.displacement(places + found)
-            if float((found - before).abs().max()) < 1e-8:
-                break
-        return (found * _on_axes(self.half, places)).float()
-
-
-class _Anatomy:
-    """What lies at which place of the atlas.
-
-    Args:
-        dims: 2 or 3.
-        seed: of surfaces and texture; all subjects share them.
-    """
-
-    # Centre, radii, height of the waves on the surface, their length in radians a unit.
-    STRUCTURES: tuple[tuple[tuple[float, ...], tuple[float, ...], float, float], ...] = (
-        ((0.0, 0.0, 0.0), (0.74, 0.82, 0.74), 0.05, 9.0),
-        ((0.0, 0.02, 0.0), (0.56, 0.64, 0.56), 0.09, 10.0),
-        ((-0.13, 0.14, 0.08), (0.10, 0.27, 0.22), 0.10, 5.0),
-        ((0.13, 0.14, 0.08), (0.10, 0.27, 0.22), 0.10, 5.0),
-        ((-0.35, 0.0, 0.0), (0.13, 0.22, 0.22), 0.10, 5.0),
-        ((0.35, 0.0, 0.0), (0.13, 0.22, 0.22), 0.10, 5.0),
-        ((0.0, -0.36, -0.14), (0.15, 0.16, 0.26), 0.06, 5.0),
-    )
-
-    def __init__(self, dims: int, seed: int) -> None:
-        draw = generator_for(seed, 8)
-        self.surfaces = [
-            (_directions(draw, 5, dims, 0.7 * length, length), draw.uniform(0, 2 * np.pi, 5))
-            for *_, length in self.STRUCTURES
-        ]
-        self.texture = (_directions(draw, 10, dims, 8.0, 18.0), draw.uniform(0, 2 * np.pi, 10))
-
-    def __call__(self, places: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Level sets (*S) of all structures, positive inside and in units of half the image, and the texture (*S)."""
-        levels = []
-        for (centre, radii, height, _), waves in zip(self.STRUCTURES, self.surfaces, strict=True):
-            dims = len(places)
-            own = (places - _on_axes(centre[:dims], places)) / _on_axes(radii[:dims], places)
-            level = 1 - own.square().sum(0).sqrt() + height * _waves(*waves, places).mean(0)
-            levels.append(level * min(radii[:dims]))
-        return levels, _waves(*self.texture, places).mean(0)
-
-
-class _Scan:
-    """What a scanner makes of tissue.
-
-    Args:
-        dims: 2 or 3.
-        contrast: how far from the atlas's.
-        draw: of power, levels, bias field and noise.
-    """
-
-    # The stem is the brightest in any scan, so that no rescaling of intensities undoes the power law.
-    ATLAS = (0.02, 0.28, 0.62, 0.10, 0.10, 0.40, 0.40, 0.90)
-
-    def __init__(self, dims: int, contrast: float, draw: np.random.Generator) -> None:
-        self.draw = draw
-        power = np.exp(contrast * draw.uniform(-1.1, -0.8))
-        self.levels = [level**power + 0.02 * contrast * draw.standard_normal() for level in self.ATLAS]
-        self.levels[0] = self.ATLAS[0]
-        self.bias = 0.6 * contrast * float(draw.uniform(0.7, 1.0))
-        self.waves = (_directions(draw, 3, dims, 1.2, 2.4), draw.uniform(0, 2 * np.pi, 3))
-
-    def __call__(self, levels: Sequence[Tensor], texture: Tensor, noise: float) -> Tensor:
-        """The image (*S) float32 in [0,1] of structures and texture."""
-        intensity = torch.full_like(texture, self.levels[0])
-        for level, own in zip(levels, self.levels[1:], strict=True):
-            share = torch.sigmoid(level / _EDGE)
-            intensity = intensity * (1 - share) + own * share
-        intensity = intensity + 0.12 * texture * torch.sigmoid(levels[0] / _EDGE)
-        places = _places(texture.shape)
-        intensity = intensity * torch.exp(self.bias * (_waves(*self.waves, places).mean(0) - 0.5))
-        added = torch.as_tensor(self.draw.standard_normal(tuple(texture.shape)))
-        return (intensity + noise * added).clamp(0, 1).float()
-
-
-def _seen(anatomy: _Anatomy, places: Tensor, scan: _Scan, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+def _seen(anatomy: Anatomy, places: Tensor, scan: Scanner, noise: float) -> tuple[Tensor, Tensor, Tensor]:
     """Image (*S) float32, label (*S) uint8 and mask (*S) bool of the anatomy at places (d,*S)."""
     levels, texture = anatomy(places)
     label = torch.zeros(texture.shape, dtype=torch.uint8)
     for value, level in enumerate(levels, start=1):
         label[level > 0] = value
-    return scan(levels, texture, noise), label, levels[0] > -2 * _EDGE
+    return scan(levels, texture, noise), label, levels[0] > -2 * EDGE
 
 
 def _atlas_seen(size: Sequence[int], seed: int, noise: float) -> tuple[Tensor, Tensor, Tensor]:
     """Image, label and mask of the atlas."""
-    scan = _Scan(len(size), 0.0, generator_for(seed, 0, 7))
-    return _seen(_Anatomy(len(size), seed), _places(size), scan, noise)
+    scan = Scanner(len(size), 0.0, generator_for(seed, 0, 7))
+    return _seen(Anatomy(len(size), seed), places_of(size), scan, noise)
 
 
 def _subject_seen(
     size: Sequence[int], seed: int, subject: int, magnitude: float, contrast: float, noise: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], _Shape]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], Shape]:
     """Image, label and mask of a subject, and its shape."""
-    shape = _Shape(size, magnitude, generator_for(seed, subject, 5))
-    scan = _Scan(len(size), contrast, generator_for(seed, subject, 6))
-    return _seen(_Anatomy(len(size), seed), shape(_places(size)), scan, noise), shape
+    shape = Shape(size, magnitude, generator_for(seed, subject, 5))
+    scan = Scanner(len(size), contrast, generator_for(seed, subject, 6))
+    return _seen(Anatomy(len(size), seed), shape(places_of(size)), scan, noise), shape
 
 
 def _write(folder: Path, size: tuple[int, ...], seed: int, magnitude: float, contrast: float) -> None:
@@ -328,7 +184,7 @@ def _write(folder: Path, size: tuple[int, ...], seed: int, magnitude: float, con
             seen, shape = _subject_seen(size, seed, subject, magnitude, contrast, _NOISE)
             _save(folder, _name(subject), *seen)
             if split != "training":
-                ddf = shape.back(_places(size))
+                ddf = shape.back(places_of(size))
                 save_field(folder / f"fieldsTr/{_name(subject)}.nii.gz", ddf, np.eye(4), fmt="l2r")
 
 

@@ -21,6 +21,8 @@ from torch.nn import functional
 
 from common.data import PairDataset, check_integrity, load_cohort
 from common.data.contrast import LABELS, ContrastPair, make_contrast_pair
+from common.data.contrast_tissue import Shape, places_of
+from common.data.pairing import generator_for
 from common.spatial import integrate, jacobian_determinant, warp, warp_labels
 from common.transforms import scan_transforms
 
@@ -46,15 +48,12 @@ def test_the_field_brings_moving_to_fixed(pairs: list[ContrastPair]) -> None:
 
 
 def test_the_field_is_exact_and_one_to_one(pairs: list[ContrastPair]) -> None:
-    from common.data.contrast import _places, _Shape
-    from common.data.pairing import generator_for
-
     for subject, pair in enumerate(pairs):
         size = pair.fixed.shape
-        shape = _Shape(size, 1.0, generator_for(0, subject, 5))
+        shape = Shape(size, 1.0, generator_for(0, subject, 5))
         half = torch.tensor([(n - 1) / 2 for n in size]).view(-1, *[1] * len(size))
-        arrived = _places(size) + pair.true_ddf.double() / half
-        assert float((shape(arrived) - _places(size)).abs().max()) < 1e-6
+        arrived = places_of(size) + pair.true_ddf.double() / half
+        assert float((shape(arrived) - places_of(size)).abs().max()) < 1e-6
         assert float(jacobian_determinant(pair.true_ddf[None]).min()) > 0
         length = pair.true_ddf.norm(dim=0)
         assert 2 * min(size) / 64 < float(length.max()) < 7 * min(size) / 64
