@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.losses.checks import full_precision
 from common.spatial import warp
 
 from .posterior import LowRankGaussian
@@ -110,9 +109,8 @@ class VariationalProblem:
         Returns:
             (N, d, *size), voxels.
         """
-        with full_precision(lattice_values.device):
-            field: Tensor = self.transformation(self.smoothing(lattice_values), size)
-            return field
+        field: Tensor = self.transformation(self.smoothing(lattice_values), size)
+        return field
 
     def jitter(
         self, ddf: Tensor, generator: torch.Generator | None = None, noise: float | Tensor | None = None
@@ -157,7 +155,7 @@ class VariationalProblem:
     ) -> Energies:
         """Estimate the energies from one antithetic pair of samples an image, both in one batch.
 
-        Runs under autocast with the similarity's network in half precision, and all else in float32.
+        Under autocast the similarity's network runs in half precision; every other part sees to its own float32.
 
         Args:
             posterior: of B images.
@@ -171,19 +169,18 @@ class VariationalProblem:
         """
         size = moving.shape[2:]
         noise, coefficients = posterior.draw(generator) if draws is None else draws[:2]
-        with full_precision(moving.device):
-            deviation = posterior.deviation(noise, coefficients)
-            smooth = self.smoothing(posterior.antithetic(deviation))
-            regularisation = self.regularisation(smooth)
-            ddf = self.transformation(smooth, size)
-            if draws is None:
-                ddf = self.jitter(ddf, generator)
-            elif draws.jitter is not None:
-                ddf = ddf + draws.jitter
-            moved = warp(torch.cat((moving, moving)), ddf)
-            entropy = posterior.half_mahalanobis(deviation) + posterior.half_log_determinant()
+        deviation = posterior.deviation(noise, coefficients)
+        smooth = self.smoothing(posterior.antithetic(deviation))
+        regularisation = self.regularisation(smooth)
+        ddf = self.transformation(smooth, size)
+        if draws is None:
+            ddf = self.jitter(ddf, generator)
+        elif draws.jitter is not None:
+            ddf = ddf + draws.jitter
+        moved = warp(torch.cat((moving, moving)), ddf)
+        determinant, distance = posterior.half_energies(deviation)
         data = self.similarity.energy(reference, moved)
-        return _paired(data, regularisation, entropy)
+        return _paired(data, regularisation, determinant + distance)
 
     @torch.no_grad()
     def mean_energy(self, posterior: LowRankGaussian, moving: Tensor, reference: Reference) -> Tensor:
@@ -194,14 +191,13 @@ class VariationalProblem:
             moving: (B, 1, *S).
             reference: of the fixed images.
         """
-        with full_precision(moving.device):
-            smooth = self.smoothing(posterior.mean)
-            moved = warp(moving, self.transformation(smooth, moving.shape[2:]))
-            roughness: Tensor = self.regularisation(smooth)
-        return self.similarity.energy(reference, moved).float() + roughness
+        smooth = self.smoothing(posterior.mean)
+        moved = warp(moving, self.transformation(smooth, moving.shape[2:]))
+        roughness: Tensor = self.regularisation(smooth)
+        return self.similarity.energy(reference, moved) + roughness
 
 
 def _paired(data: Tensor, regularisation: Tensor, entropy: Tensor) -> Energies:
     """Energies of images from those of 2B samples and their densities."""
-    both: list[Any] = [values.float().view(2, -1).sum(0) for values in (data, regularisation)]
+    both: list[Any] = [values.view(2, -1).sum(0) for values in (data, regularisation)]
     return Energies(*both, entropy, 0.5 * (both[0] + both[1]) - entropy)
