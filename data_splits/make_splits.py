@@ -340,7 +340,7 @@ SPLITS = {
     "lumir": lumir,
     "abdomen_ct": abdomen_ct,
     "ixi": ixi,
-    **{name: partial(one_folder_a_subject, name) for name in ("acdc", "camcan", "mnms", "ukbb")},
+    **{name: partial(one_folder_a_subject, name) for name in ("acdc", "camcan", "mnms", "ukbb", "ukbb_brain")},
     "autopet": partial(facts, "autopet"),
 }
 

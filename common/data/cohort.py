@@ -137,7 +137,8 @@ def load_cohort(
     Args:
         name_or_json: ``"synthetic"``, ``"cine"``, ``"sliding"``, ``"contrast"``, a name that has a JSON in
             ``data_splits/`` (``"hippocampus"``, ``"oasis2d"``, ``"oasis"``, ``"lumir"``, ``"abdomen_ct"``,
-            ``"autopet"``, ``"ixi"``, ``"acdc"``, ``"mnms"``, ``"ukbb"``, ``"camcan"``), or the path of a dataset JSON.
+            ``"autopet"``, ``"ixi"``, ``"acdc"``, ``"mnms"``, ``"ukbb"``, ``"ukbb_brain"``, ``"camcan"``), or the path
+            of a dataset JSON.
         dataset_dir: folder of the data. Default for a JSON's path: the JSON's own folder, as Learn2Reg has it; for
             the embedded cohorts and downloads: ``~/.cache/warpzoo`` (``XDG_CACHE_HOME`` is respected).
         datalist: a dataset JSON that takes the place of the name's own.

@@ -22,6 +22,7 @@ import numpy as np
 
 from common.data.datalist import Entry
 from common.data.layouts import natural_key
+from common.data.pair_lists import find_pair_lists
 
 __all__ = ["list_subject_folders"]
 
@@ -42,33 +43,77 @@ def list_subject_folders(content: Mapping[str, Any], root: Path) -> dict[str, An
     Cine data give ``moving`` and ``fixed``, each with alternatives for ``image`` and ``label``; each subject becomes a
     pair. Patterns may hold ``{id}``, the folder's name, and ``{ED}`` and ``{ES}``, two-digit frame numbers from the
     file that ``frames`` names (``ED: 1`` a line, as in ACDC's ``Info.cfg``). Data with one scan a subject give
-    ``image`` and ``label`` instead: training subjects, and a ring of pairs for validation and test, in which every
-    subject is once moving and once fixed.
+    ``image``, ``label`` and perhaps ``mask`` instead: training subjects, and a ring of pairs for validation and test,
+    in which every subject is once moving and once fixed. With ``to_atlas`` every subject is registered to one of them,
+    the first to train, instead. ``pair_lists`` names the files that may list a split's subjects and the atlas; see
+    :mod:`common.data.pair_lists`.
 
     Args:
         content: of the JSON.
         root: folder of the data.
 
     Returns:
-        the content with ``training``, ``validation`` and ``test``; as it is when it has no such rule.
+        the content with ``training``, ``validation`` and ``test``, and with ``atlas`` where there is one; as it is when
+        it has no such rule.
 
     Raises:
-        FileNotFoundError: when there is no subject folder, or some lack an image; names them.
-        ValueError: when a frame file does not give the frames.
+        FileNotFoundError: when there is no subject folder, some that are listed are missing, or some lack an image;
+            names them.
+        ValueError: when a frame file does not give the frames, or a list of pairs is unusable.
     """
     rule: Mapping[str, Any] | None = content.get("subject_folders")
     if rule is None:
         return dict(content)
-    folders = _split(rule, _find(rule, content, root))
+    atlas, lists = find_pair_lists(rule.get("pair_lists", {}), root)
+    folders = _split(rule, _listed(lists, atlas, content, root) if lists else _find(rule, content, root))
     read = _pair if "moving" in rule else _subject
+    atlas_folder = _atlas_folder(atlas, folders, content, root) if rule.get("to_atlas") else None
     listed: dict[str, list[Entry]] = {}
     for split, members in folders.items():
-        listed[split] = [read(rule, folder, root) for folder in members]
-    _require_images(listed, content, root)
-    _mention_unlabelled(listed, content)
+        listed[split] = [read(rule, folder, root) for folder in members if folder != atlas_folder]
+    one = [_subject(rule, atlas_folder, root)] if atlas_folder is not None else []
+    _require_images({**listed, "atlas": one}, content, root)
+    _mention_unlabelled({**listed, "atlas": one}, content)
+    if one:
+        return {**content, **listed, "atlas": one[0]} | {
+            split: [_side_by_side(entry, one[0]) for entry in listed[split]] for split in ("validation", "test")
+        }
     if "moving" not in rule:
         listed |= {split: _ring(listed[split]) for split in ("validation", "test")}
     return {**content, **listed}
+
+
+def _listed(
+    lists: Mapping[str, Sequence[str]], atlas: str | None, content: Mapping[str, Any], root: Path
+) -> dict[str, list[Path]]:
+    """The folders that lists of ids name, by split. A list of test subjects alone leaves the others to train."""
+    names = {split: list(lists.get(split, ())) for split in SPLITS}
+    if not names["training"]:
+        taken = {atlas, *(name for members in names.values() for name in members)}
+        names["training"] = [folder.name for folder in _folders(root) if folder.name not in taken]
+    folders = {split: [root / name for name in members] for split, members in names.items()}
+    missing = [folder.name for members in folders.values() for folder in members if not folder.is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"cohort '{content.get('name')}': {len(missing)} subjects that are listed have no folder in {root}, such "
+            f"as {missing[:_SHOWN]}. Get the data: {content.get('source')} (licence: {content.get('licence')})"
+        )
+    return folders
+
+
+def _atlas_folder(
+    atlas: str | None, folders: Mapping[str, Sequence[Path]], content: Mapping[str, Any], root: Path
+) -> Path:
+    if atlas is None:
+        chosen = folders["training"][0]
+        logger.warning("cohort '%s': no list names the atlas, '%s' is taken", content.get("name"), chosen.name)
+        return chosen
+    for folder in (folder for members in folders.values() for folder in members):
+        if folder.name == atlas:
+            return folder
+    if not (root / atlas).is_dir():
+        raise FileNotFoundError(f"cohort '{content.get('name')}': the atlas '{atlas}' has no folder in {root}")
+    return root / atlas
 
 
 def _find(rule: Mapping[str, Any], content: Mapping[str, Any], root: Path) -> dict[str, list[Path]]:
@@ -131,7 +176,7 @@ def _pair(rule: Mapping[str, Any], folder: Path, root: Path) -> Entry:
 def _files(patterns: Mapping[str, Sequence[str]], folder: Path, root: Path, frames: Mapping[str, str]) -> Entry:
     """The first alternative that is there; an image that is not there keeps its first name, a label is left out."""
     files: Entry = {}
-    for key in ("image", "label"):
+    for key in ("image", "label", "mask"):
         names = [name.format(id=folder.name, **frames) for name in patterns.get(key, ())]
         there = [name for name in names if (folder / name).is_file()]
         if there or key == "image":
@@ -178,10 +223,13 @@ def _mention_unlabelled(listed: Mapping[str, list[Entry]], content: Mapping[str,
 
 def _ring(subjects: Sequence[Entry]) -> list[Entry]:
     """Each subject registered to the one before it in the list, the first to the last."""
-    pairs = []
-    for fixed, moving in zip(subjects, [*subjects[1:], *subjects[:1]], strict=True):
-        pair: Entry = {}
-        for role, entry in (("moving", moving), ("fixed", fixed)):
-            pair |= {role if key == "image" else f"{role}_{key}": value for key, value in entry.items()}
-        pairs.append(pair)
-    return pairs
+    return [
+        _side_by_side(moving, fixed) for fixed, moving in zip(subjects, [*subjects[1:], *subjects[:1]], strict=True)
+    ]
+
+
+def _side_by_side(moving: Entry, fixed: Entry) -> Entry:
+    pair: Entry = {}
+    for role, entry in (("moving", moving), ("fixed", fixed)):
+        pair |= {role if key == "image" else f"{role}_{key}": value for key, value in entry.items()}
+    return pair

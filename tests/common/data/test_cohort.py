@@ -248,7 +248,20 @@ def test_abdomen_ct_as_the_2020_release_has_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["oasis", "lumir", "abdomen_ct", "ixi", "hippocampus", "oasis2d", "acdc", "camcan", "mnms", "ukbb", "autopet"],
+    [
+        "oasis",
+        "lumir",
+        "abdomen_ct",
+        "ixi",
+        "hippocampus",
+        "oasis2d",
+        "acdc",
+        "camcan",
+        "mnms",
+        "ukbb",
+        "ukbb_brain",
+        "autopet",
+    ],
 )
 def test_without_data_the_error_says_where_to_get_them(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"'{name}' needs dataset_dir.*Get the data: .*licence"):

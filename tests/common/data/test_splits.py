@@ -26,7 +26,7 @@ import pytest
 from common.data import load_cohort
 
 NAMES = ["hippocampus", "oasis2d", "oasis", "lumir", "abdomen_ct", "ixi", "autopet"]
-BY_FOLDER = ["acdc", "camcan", "mnms", "ukbb"]  # see test_subject_folders.py
+BY_FOLDER = ["acdc", "camcan", "mnms", "ukbb", "ukbb_brain"]  # see test_subject_folders.py
 
 
 def read(repository: Path, name: str) -> dict[str, Any]:

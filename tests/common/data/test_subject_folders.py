@@ -23,6 +23,11 @@ NAMES = {
     "ukbb": ("sa_ED.nii.gz", "sa_ES.nii.gz", "label_sa_ED.nii.gz", "label_sa_ES.nii.gz"),
     "mnms": ("ED_img.nii.gz", "ES_img.nii.gz", "ED_seg.nii.gz", "ES_seg.nii.gz"),
     "camcan": ("T1_brain.nii.gz", "T1_brain_MALPEM_tissues.nii.gz"),
+    "ukbb_brain": (
+        "T2_FLAIR_unbiased_brain_affine_to_mni.nii.gz",
+        "T1_first_all_fast_firstseg_affine_to_mni.nii.gz",
+        "T1_brain_mask_affine_to_mni.nii.gz",
+    ),
 }
 
 
@@ -143,3 +148,68 @@ def test_listed_training_pairs_are_set_aside_where_none_validate(tmp_path: Path)
     with pytest.raises(ValueError, match="too few to set 1 aside"):
         (tmp_path / "mine.json").write_text(json.dumps({"training_paired_images": pairs[:1]}))
         load_cohort(tmp_path / "mine.json", hold_out=0.2, must_exist=False)
+
+
+@pytest.fixture
+def brains(tmp_path: Path) -> Path:
+    for number in range(20):
+        touch(tmp_path / "images", "ukbb_brain", f"{1000 + number}")
+    return tmp_path
+
+
+def test_brains_are_registered_to_the_atlas_of_the_first_line(brains: Path) -> None:
+    (brains / "train_biobank_1500.csv").write_text("".join(f"1007,{1000 + n}\n" for n in range(12)))
+    (brains / "images/val_biobank_1500.csv").write_text("".join(f"1007,{1000 + n}\r\n" for n in range(12, 18)))
+    for folder in (brains, brains / "images"):
+        cohort = load_cohort("ukbb_brain", folder, spatial_dims=3)
+        assert cohort.atlas is not None and cohort.atlas["id"] == "1007"
+        assert [pair["moving_id"] for pair in cohort.test] == [str(n) for n in range(1012, 1018)]
+        assert len(cohort.validation) == 1 and len(cohort.training) == 10
+        ids = {entry["id"] for entry in cohort.training} | {pair["moving_id"] for pair in cohort.validation}
+        assert ids == {str(n) for n in range(1000, 1012)} - {"1007"}
+        for pair in (*cohort.validation, *cohort.test):
+            for key, file in zip(("", "_label", "_mask"), NAMES["ukbb_brain"], strict=True):
+                assert pair[f"fixed{key}"] == str(brains / "images/1007" / file)
+                assert pair[f"moving{key}"] == str(brains / "images" / pair["moving_id"] / file)
+    assert len(cohort.evaluation_labels) == 15 and cohort.labels[16] == "brain stem" and cohort.labels[58]
+    assert "mask" in cohort.training[0] and len(load_cohort("ukbb_brain", brains, train_count=1).training) == 1
+
+
+def test_brains_without_lists(brains: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cohort = load_cohort("ukbb_brain", brains)
+    assert cohort.atlas is not None and "no list names the atlas" in caplog.text
+    assert (len(cohort.training), len(cohort.validation), len(cohort.test)) == (13, 2, 4)
+    every = [e["id"] for e in cohort.training] + [p["moving_id"] for p in (*cohort.validation, *cohort.test)]
+    assert sorted([*every, cohort.atlas["id"]]) == [str(1000 + n) for n in range(20)]
+    assert {pair["fixed_id"] for pair in (*cohort.validation, *cohort.test)} == {cohort.atlas["id"]}
+    other = load_cohort("ukbb_brain", brains, atlas="1004")
+    assert other.atlas is not None and other.atlas["id"] == "1004"
+    assert {pair["fixed_id"] for pair in other.test} == {"1004"}
+
+
+def test_a_list_of_test_subjects_alone_leaves_the_others_to_train(brains: Path) -> None:
+    (brains / "test.csv").write_text("1003, 1001\n1003, 1002\n\n")
+    cohort = load_cohort("ukbb_brain", brains)
+    assert [pair["moving_id"] for pair in cohort.test] == ["1001", "1002"]
+    assert (len(cohort.training), len(cohort.validation)) == (15, 2)
+    assert cohort.atlas is not None and cohort.atlas["id"] == "1003"
+
+
+def test_unusable_lists_are_named(brains: Path) -> None:
+    path = brains / "train.csv"
+    for content, reason in (
+        ("1001,1002\n1003,1004\n", r"line 2: the fixed image is '1003'.*atlas '1001'"),
+        ("1001\n", "line 1: expected 'fixedID,movingID', found '1001'"),
+        ("1001,1002\n1001,1002\n", "line 2: '1002' is listed twice"),
+        ("1001,1001\n", "lists no pair"),
+        ("", "lists no pair"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=reason):
+            load_cohort("ukbb_brain", brains)
+    path.write_text("1001,1002\n1001,4242\n")
+    with pytest.raises(FileNotFoundError, match=r"1 subjects that are listed have no folder.*4242.*ukbiobank"):
+        load_cohort("ukbb_brain", brains)
+    path.write_text("4242,1002\n4242,1003\n4242,1004\n")
+    with pytest.raises(FileNotFoundError, match="the atlas '4242' has no folder"):
+        load_cohort("ukbb_brain", brains)
