@@ -141,20 +141,31 @@ def test_autocast_does_not_reach_into_the_backward_pass(device: torch.device) ->
     torch.testing.assert_close(found, expected)
 
 
-def test_large_volumes_are_convolved_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, image = random_encoder(3), torch.rand(2, 1, 11, 6, 5)
-    expected = network(image)
-    monkeypatch.setattr(module, "_SLAB", 2 * 8 * 7 * 4)
-    slabs: list[int] = []
-    convolve = F.conv3d
+@pytest.mark.parametrize("depth", [1, 2, 7, 23])
+@pytest.mark.parametrize("thickness", [1, 2, 3, 5])
+def test_large_volumes_are_computed_in_slabs(depth: int, thickness: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, image = random_encoder(3).requires_grad_(False), torch.rand(2, 1, depth, 4, 5).requires_grad_()
+    expected, weights = by_layers(network, image), torch.randn(2, 1, depth, 4, 5)
+    (slope,) = torch.autograd.grad(expected, image, weights)
+    # A slab of so many planes, and the first convolution plane by plane.
+    slabs = [module._Slab(k, min(k + thickness, depth), depth) for k in range(0, depth, thickness)]
+    monkeypatch.setattr(module, "_slabs", lambda *_, **__: slabs)
+    monkeypatch.setattr(module, "_MAPPED", 0)
+    found = network(image)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, image, weights)[0], slope)
 
-    def noting(x: Tensor, *rest: Tensor | None) -> Tensor:
-        slabs.append(x.shape[2])
-        return convolve(x, *rest)
 
-    monkeypatch.setattr(module.F, "conv3d", noting)
-    torch.testing.assert_close(network(image), expected)
-    assert slabs[:3] == [6, 6, 5]
+def test_slabs_cover_a_volume_once_and_stay_small() -> None:
+    weights = [*FeatureEncoder(3).parameters()]
+    for size in (160, 161, 192, 224):
+        image = torch.empty(2, 1, size, 160, 128)
+        slabs = module._slabs(image, weights, whole=False)
+        assert [k for slab in slabs for k in range(slab.start, slab.stop)] == list(range(size))
+        thickness = [slab.stop - slab.start for slab in slabs]
+        assert 6 <= min(thickness) <= max(thickness)
+        assert (max(thickness) + 6) * 160 * 128 * 2 * 8 * 4 <= 32 * 2**20
+        assert len(module._slabs(image, weights, whole=True)) == 1
 
 
 @pytest.mark.parametrize("size", [(5, 4), (1, 3), (4, 1, 3)])
