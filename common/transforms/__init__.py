@@ -21,6 +21,7 @@ import monai.transforms
 
 from common.transforms.array import RandImagePair
 from common.transforms.dictionary import RandImagePairD, RandImagePaird, RandImagePairDict
+from common.transforms.fitting import FitWholed
 from common.transforms.preprocessing import CheckScand, ScalePercentilesd, scan_transforms
 from common.transforms.random_images import ImagePair, PairOptions, generate_pair
 from common.transforms.shifts import IntensityShift
@@ -29,6 +30,7 @@ from common.transforms.stacks import CompleteSlices, RandSlice, ScaleSlicesd, co
 __all__ = [
     "CheckScand",
     "CompleteSlices",
+    "FitWholed",
     "ImagePair",
     "IntensityShift",
     "PairOptions",

@@ -33,10 +33,12 @@ from torch import Tensor
 
 from common.io.scans import affine_3d, in_plane_affine
 from common.transforms.channels import LoadChannelsd, MapLabelsd, ScaleWindowsd
+from common.transforms.fitting import FitWholed
 
 __all__ = ["CheckScand", "ScalePercentilesd", "SliceAsPlaned", "scan_transforms"]
 
 INTENSITIES = ("percentile", "minmax", "none")
+FITS = ("pad", "resize")
 _PADDINGS = {"zeros": "constant", "border": "edge"}
 
 
@@ -51,6 +53,7 @@ def scan_transforms(
     padding: str = "zeros",
     channels: int = 1,
     label_map: Mapping[int, int] | None = None,
+    fit: str = "pad",
 ) -> Compose:
     """Load, orient, resample, window and pad scans, 2-D or 3-D, in the file formats that MONAI reads.
 
@@ -76,19 +79,24 @@ def scan_transforms(
             or a file with channels as its last axis. "percentile" and "minmax" scale each channel by itself.
         label_map: what each value of the label maps becomes; values that it does not name become 0. None or empty
             leaves them.
+        fit: how a scan comes to ``spatial_size``. "pad" pads or crops it; "resize" pads it to the proportions of the
+            new size and then resizes it, so that nothing is cut off (:class:`common.transforms.FitWholed`).
+            Intensities are scaled after that, as published for similarity learning, padding included.
 
     Returns:
         a transform of dictionaries: images (channels, *S) float32, label maps (1, *S) int32.
 
     Raises:
-        ValueError: when ``intensity`` or ``padding`` is unknown, there is not a window for each channel, or a label key
-            is not among the keys.
+        ValueError: when ``intensity``, ``padding`` or ``fit`` is unknown, there is not a window for each channel, or a
+            label key is not among the keys.
     """
     if isinstance(intensity, str) and intensity not in INTENSITIES:
         raise ValueError(f"intensity must be one of {INTENSITIES} or a window (low, high), got {intensity!r}")
     windows = None if isinstance(intensity, str) else _windows(intensity, channels)
     if padding not in _PADDINGS:
         raise ValueError(f"padding must be one of {sorted(_PADDINGS)}, got {padding!r}")
+    if fit not in FITS or (fit == "resize" and spatial_size is None):
+        raise ValueError(f"fit must be one of {FITS}, and 'resize' needs a spatial_size, got {fit!r}, {spatial_size}")
     if label_keys is None:
         label_keys = [key for key in keys if "label" in key or "mask" in key]
     elif not set(label_keys) <= set(keys):
@@ -110,6 +118,8 @@ def scan_transforms(
     if spacing is not None:
         steps += [Spacingd(images, pixdim=spacing, mode="bilinear", padding_mode="border", **missing)] if images else []
         steps += [Spacingd(labels, pixdim=spacing, mode="nearest", padding_mode="border", **missing)] if labels else []
+    if fit == "resize" and spatial_size is not None:
+        steps += [FitWholed(both, spatial_size, labels, _PADDINGS[padding], **missing)]
     if windows is not None and images:
         steps += [ScaleWindowsd(images, windows, **missing)]
     elif intensity == "percentile" and images:
@@ -118,7 +128,7 @@ def scan_transforms(
         steps += [ScaleIntensityd(images, minv=0.0, maxv=1.0, channel_wise=True, **missing)]
     mapped = [key for key in labels if "label" in key]
     steps += [MapLabelsd(mapped, label_map, **missing)] if label_map and mapped else []
-    if spatial_size is not None:
+    if spatial_size is not None and fit == "pad":
         size = {"spatial_size": tuple(spatial_size), **missing}
         steps += [ResizeWithPadOrCropd(images, mode=_PADDINGS[padding], **size)] if images else []
         steps += [ResizeWithPadOrCropd(labels, mode="constant", **size)] if labels else []
