@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.losses.checks import as_float, check_choice
+from common.losses.checks import as_float, check_choice, plain
 
 from .boxes import Box
 from .encoder import FeatureEncoder
@@ -110,8 +110,8 @@ class Similarity(nn.Module):
             )
         count = torch.full((1,), float(fixed[0].numel()), device=fixed.device)
         if mask is not None:
-            mask = mask.bool()
-            count = mask.flatten(1).sum(1).float()
+            mask = plain(mask).bool()
+            count = mask.flatten(1).sum(1).clamp_min(1).float()
         maps, centred, spread = self._encode(fixed), None, None
         if self.kind == "lcc":
             box = self._box
@@ -172,7 +172,8 @@ class Similarity(nn.Module):
         return Box(self.window, self.kernel)
 
     def _encode(self, image: Tensor) -> Tensor:
-        return as_float(image) if self.encoder is None else self.encoder(image)
+        image = as_float(image)
+        return image if self.encoder is None else self.encoder(image)
 
 
 class _Energy(torch.autograd.Function):

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from torch import Tensor
 
 from bundles.similarity_learning.scripts.encoder import FeatureEncoder
@@ -203,6 +204,26 @@ def test_energies_do_not_hang_on_the_size_when_normalised(kind: str) -> None:
     torch.testing.assert_close(means.energy(means.reference(fixed, mask), moved), expected)
     expected = sums.energy(sums.reference(fixed), moved) / 72
     torch.testing.assert_close(means.energy(means.reference(fixed), moved), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("learnt", [False, True])
+def test_an_empty_mask_costs_nothing(kind: str, learnt: bool) -> None:
+    similarity, image = Similarity(kind, learnt, 2, normalised=True), images(1, 1, 9, 8)
+    energy, gradient = energy_and_gradient(similarity, image, images(2, 1, 9, 8), torch.zeros(1, 1, 9, 8))
+    assert torch.equal(energy, torch.zeros(2))
+    assert torch.equal(gradient, torch.zeros(2, 1, 9, 8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_meta_data_of_images_are_dropped(kind: str) -> None:
+    similarity, fixed, moved = Similarity(kind, True, 2), images(1, 1, 9, 8), images(2, 1, 9, 8)
+    expected = similarity.energy(similarity.reference(fixed, fixed > 0.3), moved)
+    reference = similarity.reference(MetaTensor(fixed), MetaTensor(fixed > 0.3))
+    found = similarity.energy(reference, MetaTensor(moved))
+    assert type(found) is Tensor
+    assert type(reference.mask) is Tensor
+    assert torch.equal(found, expected)
 
 
 def test_correlation_is_at_most_one_and_ignores_contrast() -> None:
