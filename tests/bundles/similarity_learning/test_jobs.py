@@ -179,6 +179,33 @@ def test_volumes_train(repository: Path, cache: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "model.pt")["similarity.encoder.convolutions.0.weight"].shape == (4, 1, 3, 3, 3)
 
 
+def test_the_published_setting_reads_the_published_tree(repository: Path, tmp_path: Path) -> None:
+    """Brains that are no cubes, int16 labels in FIRST's values, lists of pairs: whole on one grid, and registered."""
+    first = np.array([0, 10, 11, 12, 13, 16, 17, 18], dtype=np.int16)
+    for number in range(5):
+        pair = make_contrast_pair((32, 36, 33), subject=number)
+        image, label, mask = pair[1::2][:3] if number else pair[0:6:2]
+        folder = tmp_path / f"ukb/images/{1000 + number}"
+        affine = np.diag([2.0, 2.0, 2.0, 1.0])
+        save_image(folder / "T2_FLAIR_unbiased_brain_affine_to_mni.nii.gz", image.numpy() * 900, affine)
+        save_image(folder / "T1_first_all_fast_firstseg_affine_to_mni.nii.gz", first[label.numpy()], affine)
+        save_image(folder / "T1_brain_mask_affine_to_mni.nii.gz", mask.numpy().astype(np.uint8), affine)
+    for name, moving in (("train_biobank_1500", (1, 2)), ("val", (3,)), ("val_biobank_1500", (4,))):
+        lines = [f"1000,{1000 + number}" for number in moving]
+        (tmp_path / f"ukb/{name}.csv").write_text("\n".join(lines) + "\n")
+    options = {"dataset_dir": tmp_path / "ukb", "spatial_size": [24, 24, 24], "steps": 4, "num_workers": 0}
+    few = {"max_epochs": 1, "val_interval": 1, "iterations": 2, "first_iterations": 3, "val_iterations": 2}
+    succeed(run(repository, "train", "paper_ukbb", output_dir=tmp_path / "train", **options, **few))
+    (row,) = rows(tmp_path / "train/metrics.csv")
+    assert (row["moving_id"], row["fixed_id"]) == ("1003", "1000")
+    assert float(row["dice_10"]) > 0.3 and float(row["dice_16"]) >= 0
+    assert len(list((tmp_path / "train/posteriors").glob("*.pt"))) == 2
+    options |= {"checkpoint": tmp_path / "train/model.pt", "pictures": 0, "iterations": 2}
+    succeed(run(repository, "evaluate", "paper_ukbb", output_dir=tmp_path / "test", **options))
+    (row,) = rows(tmp_path / "test/metrics.csv")
+    assert 1 < float(row["asd_before_10"]) < 20  # mm, of voxels of about 3 mm after resizing
+
+
 def test_a_misspelt_option_is_refused(repository: Path, tmp_path: Path) -> None:
     result = run(repository, "train", output_dir=tmp_path, iteratons=3)
     assert result.returncode != 0 and "did you mean --iterations?" in result.stdout + result.stderr
