@@ -11,7 +11,7 @@
 """``make bench``: every measurement as one table, and as JSON for whoever wants to plot it.
 
 ``python -m benchmarks [--output runs/benchmarks.json] [--size 96]
-[--only spatial losses transforms dual_stream gradirn spatially_varying similarity_learning]``
+[--only spatial losses transforms dual_stream gradirn spatially_varying similarity_learning similarity_starts]``
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ AREAS = (
     "gradirn",
     "spatially_varying",
     "similarity_learning",
+    "similarity_starts",
 )
 _SIZED = ("spatial", "losses")
 
