@@ -73,7 +73,8 @@ class InnerLoop:
         level_iterations: how many at each level; equal shares of ``iterations`` if not given.
         start: a registration network that gives "velocity"; in evaluation mode, on the device of the images.
         rank: factors of a distribution that is started.
-        sigma: its standard deviations in voxels.
+        sigma: its standard deviations in voxels; None takes those at which it would rest without images, so that no
+            iterations are spent on getting there (see :meth:`~.variational.VariationalProblem.resting_sigma`).
         factor: height of its factors in voxels.
         tolerance: end a level early when the mean energy of a window of 25 iterations falls by no more than this
             fraction against that of the window before, in all images; None never does.
@@ -94,7 +95,7 @@ class InnerLoop:
         progress: bool = False,
         *,
         rank: int = 1,
-        sigma: float = 0.5,
+        sigma: float | None = 0.5,
         factor: float = 0.1,
     ) -> None:
         self.levels = check_levels(levels)
@@ -125,7 +126,8 @@ class InnerLoop:
             mean = moving.new_zeros((len(moving), dims, *problem.transformation.lattice(size)), dtype=torch.float32)
         else:
             mean = lattice_values(problem.transformation, self._predicted(moving, fixed), factors)
-        return LowRankGaussian.initial(len(moving), mean.shape[2:], dims, self.rank, self.sigma, self.factor, mean)
+        sigma = problem.resting_sigma(dims) if self.sigma is None else self.sigma
+        return LowRankGaussian.initial(len(moving), mean.shape[2:], dims, self.rank, sigma, self.factor, mean)
 
     def fit(
         self,

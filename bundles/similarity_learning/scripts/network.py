@@ -102,7 +102,8 @@ class VariationalRegistration(RegistrationNetwork):
         control_spacing: voxels between control points of "bspline", one number or one an axis.
         integration_factor: of the grid that is integrated on.
         rank: low-rank factors of q(v).
-        sigma: standard deviation that q(v) begins with, voxels.
+        sigma: standard deviation that q(v) begins with, voxels; None is that of the regularisation alone, which is
+            where most of it ends, and saves about half of the iterations.
         factor: height that the factors begin with, voxels.
         weight: of the regularisation; the published one for the transformation and similarity if not given.
         edge_weight: see :class:`~.regularisation.DifferenceEnergy`.
@@ -139,7 +140,7 @@ class VariationalRegistration(RegistrationNetwork):
         control_spacing: int | Sequence[int] = 2,
         integration_factor: int = 1,
         rank: int = 1,
-        sigma: float = 0.5,
+        sigma: float | None = 0.5,
         factor: float = 0.1,
         weight: float | None = None,
         edge_weight: float = 1.0,

@@ -231,6 +231,8 @@ def test_initial_distribution_has_the_settings() -> None:
     assert float(found.log_var[0, 0, 0, 0]) == pytest.approx(2 * math.log(0.2))
     assert float(found.factors[0, 0, 0, 0, 0]) == pytest.approx(0.4)
     assert not found.mean.any()
+    resting = InnerLoop(sigma=None).initial(problem_of(), moving, fixed)
+    assert float(resting.log_var[0, 0, 0, 0].exp().sqrt()) == pytest.approx(problem_of().resting_sigma(2))
 
 
 def test_tolerance_ends_a_level_early() -> None:

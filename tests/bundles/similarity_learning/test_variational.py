@@ -225,3 +225,30 @@ def test_mean_energy() -> None:
 def test_negative_noise_is_refused() -> None:
     with pytest.raises(ValueError, match=r"-0\.5"):
         problem_of("ssd", "svf", 2, noise=-0.5)
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "exact"])
+def test_diagonal_rests_at_its_sigma(gradient: str) -> None:
+    """Without anything to see in the images, its gradient there is 0 on average, and is not at half of it."""
+    size = (40, 40)
+    problem = problem_of("ssd", "svf", 2)
+    problem.smoothing = SobolevSmoothing(gradient=gradient)
+    image, means = torch.zeros(1, 1, *size), []
+    sigma = problem.resting_sigma(2)
+    if gradient == "straight_through":
+        # Weight 1.5; the Laplacian [-1, 4, -1] at the kernel's middle.
+        assert sigma == pytest.approx((1.5 * 4 * (0.58333333**2 - 0.58333333 * 0.15625)) ** -0.5, rel=1e-5)
+    for start in (sigma, 0.5 * sigma):
+        posterior = LowRankGaussian.initial(1, size, 2, rank=0, sigma=start)
+        for _ in range(8):
+            problem.energies(posterior, image, problem.similarity.reference(image)).loss.sum().backward()
+        assert posterior.log_var.grad is not None
+        means.append(abs(float(posterior.log_var.grad[..., 8:-8, 8:-8].mean())))
+    assert means[0] < 0.15 * means[1]
+
+
+def test_no_resting_sigma_without_a_weight() -> None:
+    problem = problem_of("ssd", "svf", 2)
+    problem.regularisation = DifferenceEnergy(0.0)
+    with pytest.raises(ValueError, match="give a sigma"):
+        problem.resting_sigma(2)
