@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from common.data import PairDataset, load_cohort
+from common.data.atlas import pairs_to_atlas
 from tests.common.data.conftest import write_subject
 
 Writer = Callable[..., Path]
@@ -94,3 +95,17 @@ def test_the_hippocampus_atlas_trains(shared: Path) -> None:
     assert {pair["fixed_id"] for pair in (*cohort.validation, *cohort.test)} == {"hippocampus_303"}
     moving = [pair["moving_id"] for pair in (*cohort.training_pairs, *cohort.validation, *cohort.test)]
     assert len(set(moving)) == 60 and not set(moving) & {entry["id"] for entry in cohort.training}
+
+
+def test_an_atlas_that_moved_becomes_the_fixed_side() -> None:
+    atlas = {"id": "atlas", "image": "atlas.nii", "label": "atlas_label.nii"}
+    pairs = [
+        {"moving_id": "atlas", "moving": "atlas.nii", "fixed_id": name, "fixed": f"{name}.nii", "fixed_mask": "m.nii"}
+        for name in ("b", "a")
+    ]
+    (first, second) = pairs_to_atlas(pairs, atlas)
+    assert (first["moving_id"], second["moving_id"]) == ("b", "a")
+    assert first == {
+        **{"moving_id": "b", "moving": "b.nii", "moving_mask": "m.nii"},
+        **{"fixed_id": "atlas", "fixed": "atlas.nii", "fixed_label": "atlas_label.nii"},
+    }
