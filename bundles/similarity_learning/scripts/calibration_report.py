@@ -195,7 +195,10 @@ def _draw_reliability(axis: Axes, kind: str, rows: Sequence[Mapping[str, Any]]) 
     x, y = _points(rows)
     top = max([*x, *y], default=1.0) * 1.05 if kind == "displacement" else 1.0
     axis.plot((0, top), (0, top), color="0.6", linestyle=":", label="calibrated")
-    axis.plot(x, y, color="#1f77b4", marker="o", markersize=4)
+    axis.plot(x, y, color="#1f77b4", linewidth=1)
+    # A point of few voxels says little: areas are shares of the voxels.
+    most = max((row["count"] for row in rows), default=1)
+    axis.scatter(x, y, s=[60 * row["count"] / most for row in rows], color="#1f77b4")
     names = ("standard deviation, voxels", "end-point error, voxels")
     names = names if kind == "displacement" else ("the most probable label", "its being right")
     how = _CASES[kind][2]
