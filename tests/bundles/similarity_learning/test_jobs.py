@@ -171,14 +171,6 @@ def test_every_overlay_trains(
     assert set(weights(tmp_path / "model.pt")) == expected
 
 
-def test_volumes_train(repository: Path, cache: Path, tmp_path: Path) -> None:
-    volumes = {"cohort#spatial_size": 32, "spatial_size": [32, 32, 32], "train_count": 1}
-    few = {**SHORT, "epoch_length": 1, "batch_size": 1, "iterations": 2, "first_iterations": 3, "val_iterations": 1}
-    options = {**volumes, **few, "levels": [4, 2, 1], "samples": 2, "uncertainty": False}
-    succeed(run(repository, "train", dataset_dir=cache, output_dir=tmp_path, **options))
-    assert weights(tmp_path / "model.pt")["similarity.encoder.convolutions.0.weight"].shape == (4, 1, 3, 3, 3)
-
-
 def test_the_published_setting_reads_the_published_tree(repository: Path, tmp_path: Path) -> None:
     """Brains that are no cubes, int16 labels in FIRST's values, lists of pairs: whole on one grid, and registered."""
     first = np.array([0, 10, 11, 12, 13, 16, 17, 18], dtype=np.int16)
