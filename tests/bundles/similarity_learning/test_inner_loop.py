@@ -199,8 +199,8 @@ def test_given_distribution_is_fitted_on() -> None:
 @pytest.mark.parametrize("transformation", ["svf", "bspline"])
 def test_coarse_levels_reach_the_energy_in_a_third_of_the_iterations(transformation: str) -> None:
     problem, pair = problem_of("ssd", transformation), discs(33, 30, shift=4)
-    alone = InnerLoop(300).fit(problem, *pair, generator=seeded())
-    levels = InnerLoop(levels=(4, 2, 1), level_iterations=(100, 100, 60)).fit(problem, *pair, generator=seeded())
+    alone = InnerLoop(180).fit(problem, *pair, generator=seeded())
+    levels = InnerLoop(levels=(4, 2, 1), level_iterations=(60, 60, 50)).fit(problem, *pair, generator=seeded())
     assert float(levels.energies.loss) < float(alone.energies.loss)
     assert error(problem, levels.posterior, *pair) < 1.2 * error(problem, alone.posterior, *pair)
 
