@@ -18,9 +18,9 @@ atlas cohort, without a change of contrast, is registered on one thread.
 Two energies are followed at the full resolution: the *loss*, the negative evidence lower bound that is minimised, and
 the energy of the mean's field (data and regularisation), which is the registration that one gets. Most of the loss is
 what the spread of q(v) costs, so that the balanced standard deviation alone makes it low at once: a start is sooner
-where it is in both. Noise in them is small: the loss is averaged over the same few draws for all, with its terms that are
-known in expectation. The time that this takes is not counted. The standard deviation at which the regularisation and
-the entropy balance is known beforehand (:func:`balanced_sigma`), so the diagonal of q(v) may begin with it.
+where it is in both. Noise in them is small: the loss is averaged over the same few draws for all, with its terms that
+are known in expectation. The time that this takes is not counted. The standard deviation at which the regularisation
+and the entropy balance is known beforehand (:func:`balanced_sigma`), so the diagonal of q(v) may begin with it.
 """
 
 from __future__ import annotations
