@@ -36,6 +36,8 @@ __all__ = ["PADDING", "padding_code", "sample_backward", "sample_forward", "samp
 #: Padding names and the sampler's codes for them.
 PADDING = {"zeros": 0, "border": 1}
 
+_FAR = 1e6  # voxels, outside of any image
+
 
 def padding_code(padding: str) -> int:
     """The sampler's code of a padding.
@@ -67,9 +69,12 @@ def sample_linear(image: Tensor, ddf: Tensor, padding: str) -> Tensor:
 
 
 def sample_forward(image: Tensor, ddf: Tensor, code: int) -> Tensor:
-    """:func:`sample_linear` with the padding's code, and not to be differentiated."""
+    """:func:`sample_linear` with the padding's code, and not to be differentiated; NaN where the field is."""
     if fits(image, ddf):
         return trilinear(image, ddf, code == PADDING["border"])
+    if _leads_astray(ddf):
+        filled, gaps = _filled(ddf)
+        return sample_forward(image, filled, code).masked_fill_(gaps, float("nan"))
     return _sampler_forward(image, sampler_grid(ddf, image.shape[2:]), code)
 
 
@@ -79,6 +84,10 @@ def sample_backward(
     """Gradients of :func:`sample_forward` in image and field; ``None`` for what is not wanted."""
     if fits(image, ddf):
         return trilinear_backward(gradient, image, ddf, code == PADDING["border"], wanted)
+    if _leads_astray(ddf):
+        filled, gaps = _filled(ddf)
+        for_image, for_ddf = sample_backward(gradient.masked_fill(gaps, 0.0), image, filled, code, wanted)
+        return for_image, None if for_ddf is None else for_ddf.masked_fill_(gaps, float("nan"))
     size = image.shape[2:]
     for_image, for_grid = _sampler_backward(gradient, image, sampler_grid(ddf, size), code, wanted)
     for_ddf = None
@@ -87,6 +96,19 @@ def sample_backward(
         for axis, count in enumerate(size):
             torch.mul(for_grid[..., len(size) - 1 - axis], 2.0 / count, out=for_ddf[:, axis])
     return for_image if wanted[0] else None, for_ddf
+
+
+def _leads_astray(ddf: Tensor) -> bool:
+    """Whether a field on the CPU is not finite, which PyTorch's sampler follows out of the image, up to a crash."""
+    if ddf.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    # The sum is quick, and nearly always enough to know.
+    return not bool(torch.isfinite(ddf.sum())) and not bool(torch.isfinite(ddf).all())
+
+
+def _filled(ddf: Tensor) -> tuple[Tensor, Tensor]:
+    """A finite field that leaves the image where the given one does, and where that is NaN (B, 1, *S)."""
+    return torch.nan_to_num(ddf, nan=0.0, posinf=_FAR, neginf=-_FAR), torch.isnan(ddf).any(1, keepdim=True)
 
 
 def sampler_grid(ddf: Tensor, size: Sequence[int]) -> Tensor:

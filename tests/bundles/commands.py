@@ -66,6 +66,12 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def mean(folder: Path, column: str) -> float:
+    """The mean of a column of ``metrics.csv`` in a folder."""
+    values = [float(row[column]) for row in rows(folder / "metrics.csv")]
+    return sum(values) / len(values)
+
+
 def read_config(bundle: str, repository: Path, name: str) -> dict[str, Any]:
     """A config as it stands."""
     content: dict[str, Any] = json.loads((repository / f"bundles/{bundle}/configs/{name}.json").read_text())
@@ -79,3 +85,19 @@ def strings(value: object) -> list[str]:
     if isinstance(value, list):
         return [text for part in value for text in strings(part)]
     return [value] if isinstance(value, str) else []
+
+
+def missing_properties(bundle: str, repository: Path, name: str, kind: str, folder: Path) -> str:
+    """What MONAI misses of the properties that a workflow of this kind should have; it is built, not run."""
+    code = f"""
+import sys
+sys.path.insert(1, "bundles/{bundle}")
+from monai.bundle import ConfigWorkflow
+workflow = ConfigWorkflow(
+    "bundles/{bundle}/configs/{name}.json", workflow_type="{kind}", logging_file=False,
+    output_dir={str(folder / "out")!r}, dataset_dir={str(folder / "data")!r}
+)
+workflow.initialize()
+print("missing:", workflow.check_properties())
+"""
+    return python(repository, code)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.losses.checks import as_float, full_precision
 
-from .low_rank import half_energies, low_rank_deviation
+from .low_rank import half_energies, low_rank_deviation, standard_draws
 from .posterior import LowRankGaussian
 
 __all__ = ["ImageGaussian"]
@@ -65,10 +65,7 @@ class ImageGaussian(nn.Module):
         Returns:
             noise (1, 1, *S) and coefficients (1, rank).
         """
-        device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.log_var.shape, generator=generator, device=device)
-        coefficients = torch.randn(self.factors.shape[:2], generator=generator, device=device)
-        return noise.to(self.log_var), coefficients.to(self.log_var)
+        return standard_draws(self.log_var, self.factors, generator)
 
     def deviation(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """An image's distance from the mean.

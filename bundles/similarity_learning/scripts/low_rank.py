@@ -28,10 +28,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["half_energies", "low_rank_deviation"]
+__all__ = ["half_energies", "low_rank_deviation", "standard_draws"]
 
 # Numbers worked on at a time on a CPU, so that they stay in its cache.
 _PIECE_CPU = 2**14
+
+
+def standard_draws(log_var: Tensor, factors: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """The standard normal numbers of one sample an image: noise as ``log_var``, and a coefficient a factor.
+
+    Args:
+        log_var: (B, d, *L).
+        factors: (B, R, d, *L).
+        generator: where they come from, on any device; PyTorch's own one if not given.
+
+    Returns:
+        (B, d, *L) and (B, R), on the device of ``log_var``.
+    """
+    device = log_var.device if generator is None else generator.device
+    noise = torch.randn(log_var.shape, generator=generator, device=device)
+    coefficients = torch.randn(factors.shape[:2], generator=generator, device=device)
+    return noise.to(log_var), coefficients.to(log_var)
 
 
 def low_rank_deviation(log_var: Tensor, factors: Tensor, noise: Tensor, coefficients: Tensor) -> Tensor:
@@ -103,7 +120,8 @@ class _HalfEnergies(torch.autograd.Function):
             log_scale += logs.sum(1)
         capacitance = products[:, :rank, :rank] + torch.eye(rank, dtype=exact, device=log_var.device)
         along = products[:, :rank, rank:]
-        root = torch.linalg.cholesky(capacitance)
+        # No error for what is no number: whoever called looks at the energies, and knows the image.
+        root = torch.linalg.cholesky_ex(capacitance)[0]
         inverse = torch.cholesky_inverse(root)
         solved = inverse @ along
         determinant = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * log_scale

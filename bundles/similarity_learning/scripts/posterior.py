@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from common.losses.checks import full_precision
 
-from .low_rank import half_energies, low_rank_deviation
+from .low_rank import half_energies, low_rank_deviation, standard_draws
 
 __all__ = ["LowRankGaussian"]
 
@@ -111,10 +111,7 @@ class LowRankGaussian(nn.Module):
         Returns:
             noise (B, d, *L) and coefficients (B, R), one an image and factor.
         """
-        device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device)
-        coefficients = torch.randn(self.factors.shape[:2], generator=generator, device=device)
-        return noise.to(self.mean), coefficients.to(self.mean)
+        return standard_draws(self.log_var, self.factors, generator)
 
     def deviation(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """A sample's distance from the mean, ``noise * exp(log_var / 2) + sum_r coefficients_r * factors_r``.

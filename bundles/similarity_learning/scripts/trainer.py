@@ -166,7 +166,7 @@ class SimilarityTrainer(Trainer):
         try:
             with autocast(self.state.device, self.precision):
                 fit = self.inner_loop.fit(self.problem, moving, fixed, mask, posterior=start, iterations=iterations)
-        except (NonFiniteLossError, torch.linalg.LinAlgError) as error:
+        except NonFiniteLossError as error:
             who = {key: [batch[key][row] for row in rows] for key in ("moving_id", "fixed_id") if key in batch}
             raise NonFiniteLossError(f"iteration {self.state.iteration}, batch {who or rows}: {error}") from error
         return fit.posterior, fit.energies

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bundles.commands import python, read_config
+from tests.bundles.commands import missing_properties, python, read_config
 
 CONFIGS = "bundles/gradirn/configs"
 read = partial(read_config, "gradirn")
@@ -26,18 +26,7 @@ read = partial(read_config, "gradirn")
 
 @pytest.mark.parametrize(("name", "kind"), [("train", "train"), ("inference", "infer")])
 def test_monai_finds_every_property_it_asks_for(repository: Path, name: str, kind: str, tmp_path: Path) -> None:
-    code = f"""
-import sys
-DATA, OUT = {str(tmp_path / "data")!r}, {str(tmp_path / "out")!r}
-sys.path.insert(1, "bundles/gradirn")
-from monai.bundle import ConfigWorkflow
-workflow = ConfigWorkflow(
-    "{CONFIGS}/{name}.json", workflow_type="{kind}", logging_file=False, output_dir=OUT, dataset_dir=DATA
-)
-workflow.initialize()
-print("missing:", workflow.check_properties())
-"""
-    assert "missing: []" in python(repository, code)
+    assert "missing: []" in missing_properties("gradirn", repository, name, kind, tmp_path)
 
 
 def test_published_settings_have_the_published_number_of_parameters(repository: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bundles.commands import python, read_config
+from tests.bundles.commands import missing_properties, python, read_config
 
 CONFIGS = "bundles/similarity_learning/configs"
 OVERLAYS = ("lcc", "bspline", "bound", "vxm", "paper_ukbb", "multi_gpu_train")
@@ -39,18 +39,7 @@ def parsed(*names, **options):
 
 @pytest.mark.parametrize(("name", "kind"), [("train", "train"), ("train_vxm", "train"), ("inference", "infer")])
 def test_monai_finds_every_property_it_asks_for(repository: Path, name: str, kind: str, tmp_path: Path) -> None:
-    code = f"""
-import sys
-DATA, OUT = {str(tmp_path / "data")!r}, {str(tmp_path / "out")!r}
-sys.path.insert(1, "bundles/similarity_learning")
-from monai.bundle import ConfigWorkflow
-workflow = ConfigWorkflow(
-    "{CONFIGS}/{name}.json", workflow_type="{kind}", logging_file=False, output_dir=OUT, dataset_dir=DATA
-)
-workflow.initialize()
-print("missing:", workflow.check_properties())
-"""
-    assert "missing: []" in python(repository, code)
+    assert "missing: []" in missing_properties("similarity_learning", repository, name, kind, tmp_path)
 
 
 @pytest.mark.parametrize("transformation", ["svf", "bspline"])

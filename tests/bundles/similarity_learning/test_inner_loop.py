@@ -247,7 +247,7 @@ def test_no_number_is_an_error() -> None:
     moving, fixed = discs(12, 12)
     both = torch.cat((moving, torch.full_like(moving, math.nan)))
     with pytest.raises(NonFiniteLossError, match=r"iteration 0 .* 'data' of image 1"):
-        InnerLoop(2).fit(problem_of(), both, fixed)
+        InnerLoop(3).fit(problem_of(), both, fixed)  # q(v) is no number from the second iteration on
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import torch
 from common.data.contrast import make_contrast_pair
 from common.io import load_field, load_image, save_image
 from common.spatial import warp
-from tests.bundles.commands import rows, run_bundle, succeed, weights
+from tests.bundles.commands import mean, rows, run_bundle, succeed, weights
 
 run = partial(run_bundle, "similarity_learning")
 TINY: dict[str, Any] = {"cohort#spatial_size": 32, "spatial_size": [32, 32]}
@@ -32,10 +32,6 @@ FEW: dict[str, Any] = {"iterations": 8, "first_iterations": 16, "val_iterations"
 SHORT: dict[str, Any] = {"max_epochs": 1, "epoch_length": 2, "batch_size": 2, "val_interval": 1}
 CONVOLUTIONS = {f"similarity.encoder.convolutions.{n}.{part}" for n in range(3) for part in ("weight", "bias")}
 LEARNT = CONVOLUTIONS | {"similarity.encoder.aggregation.weight"}
-
-
-def mean(folder: Path, column: str) -> float:
-    return float(np.mean([float(row[column]) for row in rows(folder / "metrics.csv")]))
 
 
 @pytest.fixture(scope="module")

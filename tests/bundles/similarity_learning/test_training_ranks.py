@@ -12,13 +12,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.ranks import run_on_two_ranks
 
 SCRIPT = """
 import sys
@@ -91,11 +90,5 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_two_ranks_train_one_similarity_and_can_be_interrupted(tmp_path: Path, repository: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    processes = [
-        subprocess.Popen([*arguments, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    run_on_two_ranks(SCRIPT, tmp_path, repository)
     assert len(list((tmp_path / "half_disk" / "q").iterdir())) == 3

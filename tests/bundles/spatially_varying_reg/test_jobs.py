@@ -24,7 +24,7 @@ import torch
 from common.data.sliding import make_sliding_pair
 from common.io import load_field, load_image, save_image
 from common.spatial import compose, warp
-from tests.bundles.commands import rows, run_bundle, succeed, weights
+from tests.bundles.commands import mean, rows, run_bundle, succeed, weights
 
 run = partial(run_bundle, "spatially_varying_reg")
 SMALL = {"embed_dim": 16, "num_heads": [2, 2, 2], "window_size": 2, "steps": 2}
@@ -52,10 +52,6 @@ def hyper(repository: Path, cache: Path, tmp_path_factory: pytest.TempPathFactor
     text = succeed(run(repository, "train", "hyper", output_dir=folder, **options))
     assert "smoothness" in text and "prior" in text
     return folder
-
-
-def mean(folder: Path, column: str) -> float:
-    return float(np.mean([float(row[column]) for row in rows(folder / "metrics.csv")]))
 
 
 def test_training_leaves_weights_pictures_and_a_table_with_the_truth(trained: Path) -> None:

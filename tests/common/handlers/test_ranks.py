@@ -13,13 +13,12 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.ranks import run_on_two_ranks
 
 SCRIPT = """
 import random, sys
@@ -83,13 +82,7 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_two_ranks(tmp_path: Path, repository: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    processes = [
-        subprocess.Popen([*arguments, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    errors = run_on_two_ranks(SCRIPT, tmp_path, repository)
     with open(tmp_path / "table" / "metrics.csv", newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["moving_id"] for row in rows] == ["m0", "m1", "m2", "m3", "m4"]

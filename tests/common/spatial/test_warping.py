@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import monai
@@ -22,7 +23,7 @@ from monai.data import MetaTensor
 from monai.networks.blocks import Warp
 from scipy.ndimage import map_coordinates
 
-from common.spatial import identity_grid, warp, warp_points
+from common.spatial import identity_grid, integrate, warp, warp_points
 
 SHAPES = [(9, 14), (7, 10, 5)]
 
@@ -261,3 +262,36 @@ def test_parity_of_a_rough_field(shared):
     random.rand(1, 1, 20, 24, 28)
     flow = torch.tensor((2 * random.standard_normal((1, 3, 20, 24, 28))).astype(np.float32))
     assert warp(image, flow, padding="zeros").double().sum().item() == pytest.approx(5403.07849, rel=1e-6)
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+@pytest.mark.parametrize("shape", [(12, 13), (8, 9, 10)])
+def test_a_field_that_is_no_number_spoils_its_own_voxels_only(shape, padding, device):
+    """PyTorch's sampler follows such a number out of the image, up to a crash."""
+    image = torch.rand(2, 1, *shape, device=device, requires_grad=True)
+    ddf = torch.rand(2, len(shape), *shape, device=device)
+    clean = warp(image.detach(), ddf, padding=padding)
+    ddf[1, 0, 3, 4] = math.nan
+    moved = warp(image, ddf.requires_grad_(), padding=padding)
+    spoilt = torch.zeros_like(clean, dtype=torch.bool)
+    spoilt[1, 0, 3, 4] = True
+    if device.type == "cpu":
+        assert torch.equal(moved.isnan(), spoilt)
+    torch.testing.assert_close(moved[~spoilt], clean[~spoilt])
+    moved[~spoilt].sum().backward()
+    assert image.grad[0].isfinite().all() and ddf.grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(12, 13), (8, 9, 10)])
+def test_a_field_that_is_nowhere_a_number_is_no_crash(shape, device):
+    everywhere = torch.full((2, len(shape), *shape), math.nan, device=device, requires_grad=True)
+    warp(torch.rand(2, 1, *shape, device=device), everywhere).sum().backward()
+    integrate(everywhere, 3).sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(12, 13), (8, 9, 10)])
+def test_an_endless_field_leaves_the_image(shape):
+    ddf = torch.full((1, len(shape), *shape), math.inf)
+    image = torch.rand(1, 1, *shape)
+    assert torch.equal(warp(image, ddf, padding="zeros"), torch.zeros_like(image))
+    assert torch.equal(warp(image, ddf), image[(..., *[slice(-1, None)] * len(shape))].expand_as(image))
