@@ -49,14 +49,14 @@ from .similarity import Similarity
 
 __all__ = ["OBJECTIVES", "ContrastiveObjective", "set_trainable"]
 
-OBJECTIVES = ("published", "bound")
+OBJECTIVES = ("published", "bound", "profile")
 
 
 class ContrastiveObjective:
     """The loss of the network and of q_f, of which one backward pass serves both.
 
     Args:
-        kind: "published" or "bound".
+        kind: "published", "bound", or, for squared differences, "profile".
     """
 
     def __init__(self, kind: str = "published") -> None:
@@ -82,12 +82,18 @@ class ContrastiveObjective:
         Returns:
             scalars, means over the batch: "model" (the energy of the fixed image), "plus" and "minus" (of the samples),
             "entropy" (of q_f, without its constant), and "loss", the only one with gradients: for "published"
-            ``model - (plus + minus) / 2``, for "bound" that plus the entropy. The gradients of "bound" in q_f have
-            their sign reversed, so that an optimizer that descends makes the bound tight.
+            ``model - (plus + minus) / 2``, for "bound" that plus the entropy, for "profile" the bound of samples whose
+            distance from the centre is scaled. The gradients of the last two in q_f have their sign reversed, so that
+            an optimizer that descends makes the bound tight.
+
+        Raises:
+            ValueError: for "profile" with another energy than squared differences.
         """
+        if self.kind == "profile" and similarity.kind != "ssd":
+            raise ValueError("ContrastiveObjective: kind 'profile' is for similarity 'ssd', whose energy is quadratic")
         draws = image_posterior.draw() if draws is None else draws
         entropy = image_posterior.half_log_determinant().sum()
-        if self.kind == "bound":
+        if self.kind != "published":
             deviation = _Reversed.apply(image_posterior.deviation(*draws))
             plus, minus, entropy = moved[1] + deviation, moved[2] - deviation, _Reversed.apply(entropy)
         else:
@@ -96,7 +102,12 @@ class ContrastiveObjective:
             similarity.energy(similarity.reference(image, mask), warped).mean()
             for image, warped in zip((image_posterior.mean, plus, minus), moved, strict=True)
         ]
-        loss = terms[0] - 0.5 * (terms[1] + terms[2]) + (entropy if self.kind == "bound" else 0.0)
+        sampled = 0.5 * (terms[1] + terms[2])
+        if self.kind == "profile":
+            voxels = float(image_posterior.mean.numel() if mask is None else mask.sum())
+            width = voxels / (2.0 * sampled.detach())
+            sampled, entropy = width * sampled, entropy + 0.5 * voxels * torch.log(width)
+        loss = terms[0] - sampled + (0.0 if self.kind == "published" else entropy)
         parts = dict(zip(("model", "plus", "minus"), terms, strict=True), entropy=entropy)
         return {name: part.detach() for name, part in parts.items()} | {"loss": loss}
 

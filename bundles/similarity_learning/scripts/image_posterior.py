@@ -19,20 +19,25 @@ from common.losses.checks import as_float, full_precision
 
 from .low_rank import half_energies, low_rank_deviation, standard_draws
 from .posterior import LowRankGaussian
+from .smoothing import smoothed, sobolev_kernel
 
 __all__ = ["ImageGaussian"]
 
+_HALF_WIDTH = 7
+
 
 class ImageGaussian(nn.Module):
-    """N(fixed, diag(exp(log_var)) + sum_r factors_r factors_rᵀ), one for all pairs of an atlas.
+    """N(fixed, S (diag(exp(log_var)) + sum_r factors_r factors_rᵀ) Sᵀ), one for all pairs of an atlas.
 
-    The mean is the atlas and nothing to learn: it is not in the state dict.
+    The mean is the atlas and nothing to learn: it is not in the state dict. S is the identity, or smooths with a
+    Sobolev kernel: neighbouring voxels of an image are alike.
 
     Args:
         fixed: (1, 1, *S), in [0, 1].
         sigma: the diagonal's standard deviation at the start.
         factor: height of the factors at the start.
         rank: how many factors.
+        smoothing: strength of the Sobolev kernel S; 0 is none.
 
     Raises:
         ValueError: for anything but one image of one channel.
@@ -40,7 +45,9 @@ class ImageGaussian(nn.Module):
 
     mean: Tensor
 
-    def __init__(self, fixed: Tensor, sigma: float = 0.1, factor: float = 0.1, rank: int = 1) -> None:
+    def __init__(
+        self, fixed: Tensor, sigma: float = 0.1, factor: float = 0.1, rank: int = 1, smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         if fixed.ndim not in (4, 5) or fixed.shape[:2] != (1, 1):
             raise ValueError(f"ImageGaussian: the fixed image must be (1, 1, *S), got {tuple(fixed.shape)}")
@@ -49,6 +56,7 @@ class ImageGaussian(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.log_var = nn.Parameter(start["log_var"])
         self.factors = nn.Parameter(start["factors"])
+        self.taps = sobolev_kernel(_HALF_WIDTH, smoothing)[_HALF_WIDTH:]
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -78,7 +86,8 @@ class ImageGaussian(nn.Module):
             (1, 1, *S), float32.
         """
         with full_precision(self.log_var.device):
-            return low_rank_deviation(self.log_var, self.factors, noise, coefficients)
+            deviation = low_rank_deviation(self.log_var, self.factors, noise, coefficients)
+            return deviation if self.taps[0] == 1.0 else smoothed(deviation, self.taps)
 
     def pair(self, noise: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Two images that are mirrored at the mean but for what leaves [0, 1], which is cut off.
@@ -94,6 +103,6 @@ class ImageGaussian(nn.Module):
         return (self.mean + deviation).clamp(0.0, 1.0), (self.mean - deviation).clamp(0.0, 1.0)
 
     def half_log_determinant(self) -> Tensor:
-        """Half the logarithm of the covariance's determinant, (1,): the entropy without its constant."""
+        """Half the logarithm of the covariance's determinant, without that of S, (1,): the entropy but for constants."""
         with full_precision(self.log_var.device):
             return half_energies(self.log_var, self.factors, torch.zeros_like(self.log_var))[0]

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from common.losses.checks import check_choice
 from common.spatial.grid import as_field
 
-__all__ = ["SobolevSmoothing", "sobolev_kernel"]
+__all__ = ["SobolevSmoothing", "smoothed", "sobolev_kernel"]
 
 
 def sobolev_kernel(half_width: int = 3, strength: float = 0.5) -> tuple[float, ...]:
@@ -81,12 +81,26 @@ class SobolevSmoothing(nn.Module):
         velocity = as_field(velocity, "velocity")
         if self.half_width == 0:
             return velocity
-        result: Tensor = _Smooth.apply(velocity, self.taps, self.gradient == "exact")
-        return result
+        return smoothed(velocity, self.taps, self.gradient == "exact")
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
         return f"half_width={self.half_width}, strength={self.strength}, gradient={self.gradient!r}"
+
+
+def smoothed(values: Tensor, taps: tuple[float, ...], exact: bool = True) -> Tensor:
+    """Values smoothed along every axis, the border repeated outside of the grid.
+
+    Args:
+        values: (B, C, *L).
+        taps: half of a symmetric kernel, the middle first.
+        exact: gradients are those of this; else they are handed on unchanged.
+
+    Returns:
+        (B, C, *L).
+    """
+    result: Tensor = _Smooth.apply(values, taps, exact)
+    return result
 
 
 class _Smooth(torch.autograd.Function):

@@ -17,6 +17,7 @@ import torch
 from torch.distributions import LowRankMultivariateNormal
 
 from bundles.similarity_learning.scripts.image_posterior import ImageGaussian
+from bundles.similarity_learning.scripts.smoothing import sobolev_kernel
 
 
 @pytest.mark.parametrize("size", [(5, 4), (3, 4, 2)])
@@ -81,3 +82,20 @@ def test_the_atlas_is_no_part_of_the_state(device: torch.device) -> None:
 def test_more_than_one_image_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must be \(1, 1, \*S\), got \(2, 1, 6, 5\)"):
         ImageGaussian(torch.rand(2, 1, 6, 5))
+
+
+@pytest.mark.parametrize("size", [(19, 21), (17, 18, 19)])
+def test_smooth_images(size: tuple[int, ...]) -> None:
+    """One voxel's noise is spread by the kernel along each axis; the gradient is that of the smoothing."""
+    posterior = ImageGaussian(torch.zeros(1, 1, *size), sigma=0.5, factor=0.0, smoothing=0.3)
+    noise = torch.zeros(1, 1, *size)
+    noise[(0, 0, *[n // 2 for n in size])] = 1.0
+    deviation = posterior.deviation(noise, torch.zeros(1, 1))
+    taps = torch.tensor(sobolev_kernel(7, 0.3))
+    spread = 0.5 * (torch.einsum("i,j->ij", taps, taps) if len(size) == 2 else torch.einsum("i,j,k->ijk", *[taps] * 3))
+    middle = tuple(slice(n // 2 - 7, n // 2 + 8) for n in size)
+    torch.testing.assert_close(deviation[(0, 0, *middle)], spread, atol=1e-7, rtol=1e-5)
+    assert deviation.sum().item() == pytest.approx(0.5, abs=1e-5)
+    deviation.square().sum().backward()
+    assert posterior.log_var.grad is not None
+    assert posterior.log_var.grad.sum().item() == pytest.approx(float(spread.square().sum()), rel=1e-4)
