@@ -103,6 +103,6 @@ class ImageGaussian(nn.Module):
         return (self.mean + deviation).clamp(0.0, 1.0), (self.mean - deviation).clamp(0.0, 1.0)
 
     def half_log_determinant(self) -> Tensor:
-        """Half the logarithm of the covariance's determinant, without that of S, (1,): the entropy but for constants."""
+        """Half the logarithm of the determinant of the covariance but for S, (1,): the entropy without constants."""
         with full_precision(self.log_var.device):
             return half_energies(self.log_var, self.factors, torch.zeros_like(self.log_var))[0]
