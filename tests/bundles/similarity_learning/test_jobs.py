@@ -205,3 +205,16 @@ def test_two_processes_learn_one_similarity(repository: Path, trained: Path, cac
     assert set(weights(tmp_path / "model.pt")) == set(weights(trained / "model.pt"))
     assert len(rows(tmp_path / "metrics.csv")) == 6  # every pair once, whichever process measured it
     assert len(torch.load(tmp_path / "last.pt", weights_only=True)["store"]) > 0
+
+
+def test_shipped_weights_stand_a_changed_contrast_better_than_squared_differences(
+    repository: Path, cache: Path, tmp_path: Path
+) -> None:
+    quick = {"iterations": 150, "samples": 0, "uncertainty": False, "surface": False, "pictures": 0, "batch_size": 4}
+    for name, options in (("learnt", {}), ("plain", {"learnt": False, "checkpoint": False, "weight": 0.2})):
+        data = {"dataset_dir": cache, "pairs#data": "$@cohort.test[:4]", "output_dir": tmp_path / name}
+        succeed(run(repository, "evaluate", **data, **quick, **options))
+    errors = {name: mean(tmp_path / name, "epe") for name in ("learnt", "plain")}
+    overlaps = {name: mean(tmp_path / name, "dice_mean") for name in ("learnt", "plain")}
+    assert errors["learnt"] < 0.95 * errors["plain"]
+    assert overlaps["learnt"] > overlaps["plain"] > mean(tmp_path / "plain", "dice_before_mean")
