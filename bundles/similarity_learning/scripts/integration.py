@@ -67,10 +67,13 @@ def integrate_quickly(velocity: Tensor, steps: int = 12, *, squarings: int = 5) 
     if steps - squarings < _WORTH:
         return integrate(velocity, steps, padding="border")
     velocity = as_field(velocity, "velocity")
+    replaced = steps - squarings
     if torch.is_grad_enabled() and velocity.requires_grad:
-        result: Tensor = _Integration.apply(velocity, steps, squarings)
-        return result
-    return _integrate(velocity, steps, squarings)
+        ddf: Tensor = _Start.apply(velocity, steps, replaced)
+    else:
+        ddf = _start(velocity / 2**steps, replaced)[0]
+    # Squaring begins at its argument divided by a power of two, which is exact.
+    return integrate(ddf * 2**squarings, squarings, padding="border")
 
 
 def _coefficients(squarings: int) -> tuple[float, float, float, float]:
@@ -81,39 +84,28 @@ def _coefficients(squarings: int) -> tuple[float, float, float, float]:
     return count - b, b, middle + apart, middle - apart
 
 
-def _integrate(velocity: Tensor, steps: int, squarings: int, kept: list[Tensor] | None = None) -> Tensor:
-    """The field; ``kept`` collects u and every field that is squared."""
-    a, b, alpha, beta = _coefficients(steps - squarings)
-    first = velocity / 2**steps
+def _start(first: Tensor, squarings: int) -> tuple[Tensor, Tensor]:
+    """The displacement that so many squarings of ``first`` give, and u."""
+    a, b, alpha, beta = _coefficients(squarings)
     inner = sample_forward(first, first * beta, _BORDER)
-    ddf = sample_forward(inner, inner * alpha, _BORDER).mul_(b).add_(first, alpha=a)
-    if kept is not None:
-        kept.append(inner)
-    for _ in range(squarings):
-        if kept is not None:
-            kept.append(ddf)
-        ddf = sample_forward(ddf, ddf, _BORDER).add_(ddf)
-    return ddf
+    return sample_forward(inner, inner * alpha, _BORDER).mul_(b).add_(first, alpha=a), inner
 
 
-class _Integration(torch.autograd.Function):
-    """Keeps the velocity, u and the fields that are squared."""
+class _Start(torch.autograd.Function):
+    """Keeps the velocity and u."""
 
     @staticmethod
     def forward(ctx: Any, velocity: Tensor, steps: int, squarings: int) -> Tensor:
-        kept = [velocity]
-        result = _integrate(velocity, steps, squarings, kept)
-        ctx.save_for_backward(*kept)
+        ddf, inner = _start(velocity / 2**steps, squarings)
+        ctx.save_for_backward(velocity, inner)
         ctx.steps, ctx.squarings = steps, squarings
-        return result
+        return ddf
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        velocity, inner, *squared = ctx.saved_tensors
-        a, b, alpha, beta = _coefficients(ctx.steps - ctx.squarings)
-        for ddf in reversed(squared):
-            gradient = _composed(gradient, ddf, 1.0).add_(gradient)
+        velocity, inner = ctx.saved_tensors
+        a, b, alpha, beta = _coefficients(ctx.squarings)
         for_inner = _composed(gradient * b, inner, alpha)
         for_first = _composed(for_inner, velocity / 2**ctx.steps, beta).add_(gradient, alpha=a)
         return for_first.div_(2**ctx.steps), None, None
@@ -121,6 +113,6 @@ class _Integration(torch.autograd.Function):
 
 def _composed(gradient: Tensor, field: Tensor, scale: float) -> Tensor:
     """The gradient of ``field(x + scale * field(x))`` in the field."""
-    for_image, for_ddf = sample_backward(gradient, field, field if scale == 1 else field * scale, _BORDER, (True, True))
+    for_image, for_ddf = sample_backward(gradient, field, field * scale, _BORDER, (True, True))
     assert for_image is not None and for_ddf is not None
     return for_image.add_(for_ddf, alpha=scale)
