@@ -20,7 +20,8 @@ the energy of the mean's field (data and regularisation), which is the registrat
 what the spread of q(v) costs, so that the balanced standard deviation alone makes it low at once: a start is sooner
 where it is in both. Noise in them is small: the loss is averaged over the same few draws for all, with its terms that
 are known in expectation. The time that this takes is not counted. The standard deviation at which the regularisation
-and the entropy balance is known beforehand (:func:`balanced_sigma`), so the diagonal of q(v) may begin with it.
+and the entropy balance is known beforehand (``VariationalProblem.resting_sigma``), so the diagonal of q(v) may begin
+with it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from common.data.contrast import make_contrast_pair
 from common.handlers import load_checkpoint
 from common.spatial import warp
 
-__all__ = ["Start", "balanced_sigma", "measure", "trained_voxelmorph"]
+__all__ = ["Start", "measure", "trained_voxelmorph"]
 
 _DRAWS, _EVERY = 6, 8
 _TEST_SUBJECT, _TRAINING = 30, range(24)
@@ -134,25 +135,6 @@ class WatchedProblem(VariationalProblem):
         self._started += time.process_time() - paused
 
 
-def balanced_sigma(problem: VariationalProblem, size: Sequence[int]) -> float:
-    """The standard deviation of independent parameters at which regularisation and entropy balance.
-
-    With noise of variance s² in every parameter, R(v) = v' L v / 2 and the smoothing S, whose gradient is handed
-    straight through, the derivative in log s² vanishes where s² (L S)_ii = 1: away from the border the same for all i.
-
-    Args:
-        problem: gives S and L.
-        size: of the image.
-    """
-    lattice = problem.transformation.lattice(size)
-    impulse = torch.zeros(1, len(lattice), *lattice)
-    middle = (0, 0, *(n // 2 for n in lattice))
-    impulse[middle] = 1.0
-    smooth = problem.smoothing(impulse).requires_grad_()
-    (gradient,) = torch.autograd.grad(problem.regularisation(smooth).sum(), smooth)
-    return float(gradient[middle]) ** -0.5
-
-
 def trained_voxelmorph(size: Sequence[int], weight: float, steps: int) -> PublishedVoxelMorph:
     """VoxelMorph, trained on the cohort's training subjects with the energies of the mean's field.
 
@@ -228,7 +210,7 @@ def register(
         chosen["start"] = network
     registration = VariationalRegistration(len(size), samples=0, **chosen)
     if start.balanced:
-        registration.inner_loop.sigma = balanced_sigma(registration.problem, size)
+        registration.inner_loop.sigma = registration.problem.resting_sigma(len(size))
     moving, fixed, mask = _pair(size, _TEST_SUBJECT)
     watched = WatchedProblem(registration.problem, size)
     generator = torch.Generator().manual_seed(0)

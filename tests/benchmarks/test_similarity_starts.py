@@ -17,7 +17,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.similarity_starts import PUBLISHED, Start, balanced_sigma, measure, trained_voxelmorph
+from benchmarks.similarity_starts import PUBLISHED, Start, measure, trained_voxelmorph
 from bundles.similarity_learning.scripts.network import VariationalRegistration
 from bundles.similarity_learning.scripts.posterior import LowRankGaussian
 
@@ -27,7 +27,7 @@ from bundles.similarity_learning.scripts.posterior import LowRankGaussian
 def test_the_balanced_sigma_leaves_the_variances_where_they_are(size: tuple[int, ...], transformation: str) -> None:
     network = VariationalRegistration(len(size), transformation=transformation, samples=0)
     problem, lattice = network.problem, network.problem.transformation.lattice(size)
-    sigma = balanced_sigma(problem, size)
+    sigma = problem.resting_sigma(len(size))
     q = LowRankGaussian.initial(1, lattice, len(size), sigma=sigma, factor=0.0)
     generator, total = torch.Generator().manual_seed(0), torch.zeros_like(q.log_var)
     for _ in range(300):

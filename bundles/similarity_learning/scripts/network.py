@@ -26,6 +26,7 @@ from .regularisation import DifferenceEnergy
 from .similarity import Similarity
 from .smoothing import SobolevSmoothing
 from .transformation import build_transformation
+from .uncertainty import displacement_std, total_std
 from .variational import VariationalProblem
 
 __all__ = ["PublishedSetting", "VariationalRegistration", "published_setting"]
@@ -227,9 +228,5 @@ class VariationalRegistration(RegistrationNetwork):
         drawn = posterior.samples(self.samples, generator).unbind(1)
         fields = torch.stack([self.problem.displacement(sample, size) for sample in drawn], dim=1)
         # Of mirrored pairs the mean is known, but for what is not linear: it costs no degree of freedom.
-        variance = fields.var(1, correction=0)
-        return {
-            "ddf_samples": fields,
-            "ddf_std": variance.sqrt(),
-            "uncertainty": variance.sum(1, keepdim=True).sqrt(),
-        }
+        std = displacement_std(fields)
+        return {"ddf_samples": fields, "ddf_std": std, "uncertainty": total_std(std)}

@@ -29,11 +29,6 @@ SHORT = {"max_epochs": 1, "epoch_length": 2, "val_interval": 1, **TINY}
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def trained(repository: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     text = succeed(run(repository, "train", output_dir=folder, dataset_dir=cache, spatial_size=[24, 20, 24], **SHORT))

@@ -40,11 +40,6 @@ def mean(folder: Path, column: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def trained(repository: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     options = {"dataset_dir": cache, "max_epochs": 1, "epoch_length": 4, "val_interval": 1, **TINY}

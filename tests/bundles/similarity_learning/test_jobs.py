@@ -35,11 +35,6 @@ LEARNT = CONVOLUTIONS | {"similarity.encoder.aggregation.weight"}
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def trained(repository: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     succeed(run(repository, "train", dataset_dir=cache, output_dir=folder, **TINY, **SHORT, **FEW))

@@ -33,11 +33,6 @@ SHORT = {"epoch_length": 2, "batch_size": 2, "val_interval": 1, "train_count": 4
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def trained(repository: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     options = {"dataset_dir": cache, "max_epochs": 2, "learning_rate": 0.003, **DATA, **SHORT}
