@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.processes import run_python
 
 
 def run_bundle(
@@ -28,13 +28,11 @@ def run_bundle(
 ) -> subprocess.CompletedProcess[str]:
     """``python -m monai.bundle run`` on configs of a bundle, on one process or on two."""
     files = [f"bundles/{bundle}/configs/{name}.json" for name in configs]
-    launcher = [sys.executable, "-m"]
-    launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if torchrun else []
-    command = [*launcher, "monai.bundle", "run", "--config_file", files[0] if len(files) == 1 else str(files)]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if torchrun else []
+    command = ["-m", *launcher, "monai.bundle", "run", "--config_file", files[0] if len(files) == 1 else str(files)]
     for key, value in overrides.items():
         command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600)
+    return run_python(command, repository)
 
 
 def succeed(result: subprocess.CompletedProcess[str]) -> str:
@@ -46,10 +44,7 @@ def succeed(result: subprocess.CompletedProcess[str]) -> str:
 
 def python(repository: Path, code: str) -> str:
     """Run in a process of its own, since ``scripts`` means another package in each bundle."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True
-    )
+    result = run_python(["-c", code], repository)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
