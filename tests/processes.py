@@ -8,10 +8,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""``python -m module ...`` and ``python -c code`` in processes of their own that need not import torch and MONAI again.
+"""``python -m module ...`` and ``python -c code`` in processes of their own that do not import torch and MONAI again.
 
-Importing them takes five seconds of a core, and the suite runs some hundred commands. The standard library's fork server
-imports them once; every command is then a fork of it, with its own current directory, environment, arguments and output.
+Importing them takes five seconds of a core, and the suite runs some hundred commands. The standard library's fork
+server imports them once; every command is then a fork of it, with its own current directory, environment, arguments
+and output.
 """
 
 from __future__ import annotations
