@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""``python -m module ...`` and ``python -c code`` in processes of their own that do not import torch and MONAI again.
+"""``python -m module ...``, ``-c code`` and scripts in processes of their own that do not import torch and MONAI again.
 
 Importing them takes five seconds of a core, and the suite runs some hundred commands. The standard library's fork
 server imports them once; every command is then a fork of it, with its own current directory, environment, arguments
@@ -33,7 +33,7 @@ _LIBRARIES += ["matplotlib.pyplot", "scipy.ndimage", "tensorboard", "torch.utils
 def run_python(
     arguments: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python arguments``, which start with ``-m`` or ``-c``, and wait for it.
+    """Run ``python arguments``, which start with ``-m``, ``-c`` or the file of a script, and wait for it.
 
     Raises:
         subprocess.TimeoutExpired: when it takes longer; it is killed.
@@ -55,17 +55,21 @@ def run_python(
 
 
 def _run(arguments: list[str], cwd: str, variables: dict[str, str], streams: list[str]) -> None:
-    """What the interpreter does with ``-m module ...`` or ``-c code``, in the forked process."""
+    """What the interpreter does with its arguments, in the forked process."""
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
-    option, program, *rest = arguments
+    start, *rest = arguments
+    program = rest.pop(0) if start in ("-m", "-c") else start
     installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
-    sys.path[:] = [cwd, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep)), *installed]
-    sys.argv = [program if option == "-m" else option, *rest]
-    if option == "-m":
+    first = cwd if start in ("-m", "-c") else os.path.dirname(os.path.abspath(program))
+    sys.path[:] = [first, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep)), *installed]
+    sys.argv = [start if start == "-c" else program, *rest]
+    if start == "-m":
         runpy.run_module(program, run_name="__main__", alter_sys=True)
-    else:
+    elif start == "-c":
         exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(program, run_name="__main__")

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from bundles.dual_stream_pyramid.scripts.sitreg import SITReg
 from bundles.dual_stream_pyramid.scripts.transmorph import TransMorph
 from bundles.dual_stream_pyramid.scripts.vfa_network import VFANetwork
 from common.networks import VoxelMorph
+from tests.processes import run_python
 
 _CONFIGURATIONS = {
     "conv_mf": "DP-Conv-MF",
@@ -313,9 +312,9 @@ def test_windows_that_a_table_does_not_tell() -> None:
 
 def test_the_command_runs_from_the_root(tmp_path: Path, repository: Path) -> None:
     torch.save({"state_dict": _as_saved("transmorph")}, tmp_path / "theirs.pth.tar")
-    command = [sys.executable, "bundles/dual_stream_pyramid/scripts/convert.py", str(tmp_path / "theirs.pth.tar")]
+    command = ["bundles/dual_stream_pyramid/scripts/convert.py", str(tmp_path / "theirs.pth.tar")]
     options = [str(tmp_path / "ours.pt"), "--network", "transmorph", "--window", "2,3,2"]
-    done = subprocess.run([*command, *options], cwd=repository, capture_output=True, text=True, check=False)
+    done = run_python([*command, *options], repository)
     assert done.returncode == 0, done.stderr
     assert "transmorph" in done.stderr and "weights" in done.stderr
     _transmorph().load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True))

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +26,14 @@ from scipy.ndimage import map_coordinates
 from bundles.dual_stream_pyramid.scripts.pyramid import DualStreamPyramid
 from common.data import load_cohort
 from common.options import check_options
+from tests.processes import run_python
 
 CONFIGS = "bundles/dual_stream_pyramid/configs"
 CHANNELS = {"encoder_channels": [4, 4, 8], "decoder_channels": [4, 8, 8]}
 
 
 def run(repository: Path, *arguments: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600)
+    result = run_python(arguments, repository)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return result.stdout + result.stderr
 

@@ -12,10 +12,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.processes import run_python
 
 BUNDLE = "bundles/dual_stream_pyramid"
 OPTIONS = {
@@ -35,11 +34,10 @@ OPTIONS = {
 
 def run(repository: Path, *launcher: str, configs: tuple[str, ...], **options: object) -> str:
     files = [f"{BUNDLE}/configs/{name}.json" for name in configs]
-    command = [sys.executable, "-m", *launcher, "monai.bundle", "run", "--config_file", str(files)]
+    command = ["-m", *launcher, "monai.bundle", "run", "--config_file", str(files)]
     for key, value in {**OPTIONS, **options}.items():
         command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(command, repository, {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 

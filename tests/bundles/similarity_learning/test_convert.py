@@ -31,6 +31,7 @@ from bundles.similarity_learning.scripts.convert import (
 )
 from bundles.similarity_learning.scripts.similarity import Similarity
 from bundles.similarity_learning.scripts.voxelmorph import PublishedVoxelMorph
+from tests.processes import run_python
 
 UNET = {"downarm": [(2, 16), (16, 32), (32, 32), (32, 32)], "uparm": [(32, 32), (64, 32), (64, 32), (48, 32)]}
 UNET |= {"extras": [(34, 32), (32, 16), (16, 16)]}
@@ -225,10 +226,8 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 
 def test_the_command_runs_from_the_root(tmp_path: Path, repository: Path) -> None:
     torch.save({"config": {}, "model_state": _voxelmorph()}, tmp_path / "theirs.pt")
-    command = [sys.executable, "bundles/similarity_learning/scripts/convert.py", str(tmp_path / "theirs.pt")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "ours.pt")], cwd=repository, capture_output=True, text=True, check=False
-    )
+    command = ["bundles/similarity_learning/scripts/convert.py", str(tmp_path / "theirs.pt")]
+    done = run_python([*command, str(tmp_path / "ours.pt")], repository)
     assert done.returncode == 0, done.stderr
     assert "301411 numbers, spatial_dims=3" in done.stderr
     PublishedVoxelMorph().load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True))

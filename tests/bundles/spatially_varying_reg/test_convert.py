@@ -11,8 +11,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch import Tensor
 from bundles.spatially_varying_reg.scripts.convert import arguments_of, convert, to_published, to_warpzoo
 from bundles.spatially_varying_reg.scripts.network import TransMorphSPR
 from common.networks import average_pool
+from tests.processes import run_python
 
 _TINY: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2, 2), "num_heads": (4, 4, 4), "steps": 3}
 
@@ -182,10 +181,8 @@ def test_unknown_names_are_refused() -> None:
 
 def test_the_command_runs_from_the_root(tmp_path: Path, repository: Path) -> None:
     torch.save(_published(_network().state_dict()), tmp_path / "theirs.pth.tar")
-    command = [sys.executable, "bundles/spatially_varying_reg/scripts/convert.py", str(tmp_path / "theirs.pth.tar")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "ours.pt")], cwd=repository, capture_output=True, text=True, check=False
-    )
+    command = ["bundles/spatially_varying_reg/scripts/convert.py", str(tmp_path / "theirs.pth.tar")]
+    done = run_python([*command, str(tmp_path / "ours.pt")], repository)
     assert done.returncode == 0, done.stderr
     assert "steps=3" in done.stderr and "norm='batch'" in done.stderr
     _network().load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True))

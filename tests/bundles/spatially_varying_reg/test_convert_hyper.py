@@ -13,8 +13,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from bundles.spatially_varying_reg.scripts.convert_hyper import convert, to_published, to_warpzoo
 from bundles.spatially_varying_reg.scripts.hyper import HyperTransMorphSPR
+from tests.processes import run_python
 
 _TINY: dict[str, Any] = {"embed_dim": 8, "depths": (2, 1, 1), "num_heads": (2, 2, 2), "steps": 2, "window_size": 2}
 
@@ -137,12 +136,9 @@ def test_others_are_refused() -> None:
 def test_the_command_runs_from_the_root(tmp_path: Path, repository: Path) -> None:
     theirs = to_published(_network().state_dict())
     torch.save(theirs, tmp_path / "theirs.pth.tar")
-    command = [sys.executable, "bundles/spatially_varying_reg/scripts/convert_hyper.py"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "theirs.pth.tar"), str(tmp_path / "ours.pt"), "--window", "2,2,2"],
-        cwd=repository,
-        capture_output=True,
-        text=True,
+    command = ["bundles/spatially_varying_reg/scripts/convert_hyper.py"]
+    done = run_python(
+        [*command, str(tmp_path / "theirs.pth.tar"), str(tmp_path / "ours.pt"), "--window", "2,2,2"], repository
     )
     assert done.returncode == 0, done.stderr
     _network().load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True))

@@ -10,8 +10,6 @@
 # limitations under the License.
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import Tensor
 from bundles.ssl_pretrain.scripts.convert import convert, infer_window, to_published, to_warpzoo
 from bundles.ssl_pretrain.scripts.ssl_network import SSLRegistration
 from common.networks import SwinEncoder
+from tests.processes import run_python
 
 
 def _encoder(window: Any = 2) -> SwinEncoder:
@@ -140,14 +139,8 @@ def test_what_cannot_be_converted_is_named() -> None:
 
 def test_the_command_runs_from_the_root(tmp_path: Path, repository: Path) -> None:
     source = _checkpoint(tmp_path / "theirs.pth.tar", _published())
-    command = [sys.executable, "bundles/ssl_pretrain/scripts/convert.py", str(source), str(tmp_path / "ours.pt")]
-    done = subprocess.run(
-        [*command, "--part", "encoder", "--window", "2,2,2"],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["bundles/ssl_pretrain/scripts/convert.py", str(source), str(tmp_path / "ours.pt")]
+    done = run_python([*command, "--part", "encoder", "--window", "2,2,2"], repository)
     assert done.returncode == 0, done.stderr
     assert "window (2, 2, 2)" in done.stderr
     _encoder().load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True))
