@@ -17,6 +17,7 @@ from common.engines.evaluator import RegistrationEvaluator
 from common.engines.measures import standard_measures
 from common.engines.network import FieldsModule, autocast, distribute, seed_everything
 from common.engines.pretrained import load_pretrained_encoder
+from common.engines.ranks import join_ranks, leave_ranks
 from common.engines.trainer import NonFiniteLossError, RegistrationTrainer, prepare_pair
 from common.engines.values import PairValues, stack_pair
 
@@ -29,6 +30,8 @@ __all__ = [
     "autocast",
     "detailed_measures",
     "distribute",
+    "join_ranks",
+    "leave_ranks",
     "load_pretrained_encoder",
     "prepare_pair",
     "seed_everything",
