@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -23,8 +24,11 @@ __all__ = ["__version__", "bundle_root", "data_splits_root"]
 def bundle_root(name: str) -> str:
     """Find a bundle's folder, in a checkout (``bundles/<name>``) and in a shipped zip (``common/`` inside the bundle).
 
-    Its absolute path joins ``sys.path``. MONAI puts it there as it was typed, and a relative one is lost when ITK
-    changes the current directory, as it does while it loads, before the bundle's scripts are asked for.
+    MONAI puts the folder of the bundle that it runs on ``sys.path``, as it was typed; that one comes before a checkout,
+    whose ``common`` may be installed or lie in the current directory. Its absolute path goes to the front: a relative
+    one is lost when ITK changes the current directory, as it does while it loads, and the current directory, which
+    stands there otherwise, may be another bundle with ``scripts`` of its own. A shipped bundle runs on the core that it
+    brings.
 
     Args:
         name: the bundle, such as ``ssl_pretrain``.
@@ -33,20 +37,41 @@ def bundle_root(name: str) -> str:
         the absolute path of the folder that holds ``configs/`` and ``scripts/``.
 
     Raises:
-        FileNotFoundError: when neither place has it.
+        FileNotFoundError: when no place has it.
     """
-    parent = Path(__file__).resolve().parent.parent
-    candidates = [parent / "bundles" / name, parent]
-    # An installed ``common`` knows no checkout: MONAI puts the bundle that is being run on the path.
-    candidates += [Path(entry).resolve() for entry in sys.path if Path(entry).name == name]
+    parent = _core().parent
+    on_path = [folder for folder in map(_resolved, sys.path) if folder.name == name]
+    candidates = [*dict.fromkeys([*on_path, parent / "bundles" / name, parent])]
     for candidate in candidates:
         if (candidate / "configs").is_dir() and (candidate / "scripts").is_dir():
-            if str(candidate) not in sys.path:
-                sys.path.insert(1, str(candidate))
+            sys.path[:] = [str(candidate), *(entry for entry in sys.path if entry != str(candidate))]
+            _prefer_core_of(candidate)
             return str(candidate)
     raise FileNotFoundError(f"no bundle '{name}': looked for configs/ and scripts/ in {[str(c) for c in candidates]}")
 
 
 def data_splits_root() -> Path:
     """The folder of dataset JSONs, which lies beside ``common/`` in a checkout and in a shipped zip."""
-    return Path(__file__).resolve().parent.parent / "data_splits"
+    return _core().parent / "data_splits"
+
+
+def _core() -> Path:
+    """The folder whose modules are imported as ``common.…``."""
+    return _resolved(__path__[0])
+
+
+def _resolved(entry: str) -> Path:
+    return Path(entry).resolve()
+
+
+def _prefer_core_of(bundle: Path) -> None:
+    """Take modules from the core that a bundle brings, though another ``common`` was found first."""
+    own = bundle / "common"
+    if not (own / "__init__.py").is_file() or own.resolve() == _core():
+        return
+    if any(module.startswith("common.") for module in sys.modules):
+        logging.getLogger(__name__).warning(
+            "%s brings its own common/, but that of %s is in use", bundle, _core().parent
+        )
+    else:
+        __path__[:] = [str(own)]
