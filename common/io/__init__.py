@@ -17,18 +17,24 @@ from common.io.fields import load_field, save_field
 from common.io.grids import GridError, grid_difference, require_same_grid, same_grid
 from common.io.pair_grid import pair_grid
 from common.io.scans import Scan, ScanError, load_image, save_image
+from common.io.transforms import TransformError, grid_of, load_transform, load_transforms, save_transform
 
 __all__ = [
     "GridError",
     "Scan",
     "ScanError",
+    "TransformError",
     "common_grid",
     "grid_difference",
+    "grid_of",
     "load_field",
     "load_image",
+    "load_transform",
+    "load_transforms",
     "pair_grid",
     "require_same_grid",
     "same_grid",
     "save_field",
     "save_image",
+    "save_transform",
 ]

@@ -29,10 +29,15 @@ from common.spatial.inversion import Inversion, invert
 from common.spatial.jacobian import jacobian_determinant, jacobian_matrix
 from common.spatial.labels import warp_labels
 from common.spatial.resampling import resample_field
+from common.spatial.transform import Affine, Displacement, Grid, SpatialTransform
 from common.spatial.warping import warp, warp_points
 
 __all__ = [
+    "Affine",
+    "Displacement",
+    "Grid",
     "Inversion",
+    "SpatialTransform",
     "affine_to_ddf",
     "bspline_displacement",
     "compose",
