@@ -8,12 +8,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Refuse options of a command line that no config knows."""
+"""Refuse options of a command line that no config knows, or that need a library which is not there."""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import inspect
 import json
 import re
@@ -39,6 +40,7 @@ def check_options(arguments: Sequence[str] | None = None, without_effect: Sequen
 
     Raises:
         ValueError: names the option, the key that comes closest and the config files.
+        ModuleNotFoundError: for ``--tracking mlflow`` without MLflow; names what to install.
     """
     arguments = sys.argv if arguments is None else arguments
     if list(arguments[1:2]) != ["run"] or Path(arguments[0]).parts[-3:-1] != ("monai", "bundle"):
@@ -49,11 +51,12 @@ def check_options(arguments: Sequence[str] | None = None, without_effect: Sequen
     if not files:
         return
     where = " and ".join(files)
+    own = _own_options() | _tracking_options(options.get("tracking", ""))
     for option in options:
         key = _first(option)
         if key in without_effect:
             raise ValueError(f"--{option} has no effect in {where}, which takes no `{key}`")
-        if key not in keys | _own_options():
+        if key not in keys | own:
             close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
             hint = f"did you mean --{close[0]}?" if close else f"the keys are {', '.join(sorted(keys))}"
             raise ValueError(f"--{option} is no key of {where}: {hint}")
@@ -87,3 +90,16 @@ def _own_options() -> set[str]:
     from monai.bundle import ConfigWorkflow, run
 
     return {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow.__init__).parameters}
+
+
+def _tracking_options(tracking: str) -> set[str]:
+    """What ``--tracking`` makes options of: the values that MONAI's settings, or those in a file, put into a config."""
+    from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
+
+    if tracking == "mlflow" and importlib.util.find_spec("mlflow") is None:
+        raise ModuleNotFoundError('--tracking mlflow needs MLflow: pip install "warpzoo[track]", or pip install mlflow')
+    if tracking.endswith(".json"):
+        settings = json.loads(Path(tracking).read_text(encoding="utf-8"))
+    else:
+        settings = DEFAULT_EXP_MGMT_SETTINGS.get(tracking, {})
+    return set(settings.get("configs", {})) - set(settings.get("handlers_id", {}))

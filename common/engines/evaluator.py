@@ -22,10 +22,12 @@ from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from monai.inferers import Inferer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from common.engines.network import autocast
 from common.engines.trainer import prepare_pair
 from common.engines.values import PairValues
+from common.handlers import attach_handlers
 from common.metrics import MetricCollection
 
 __all__ = ["RegistrationEvaluator"]
@@ -76,7 +78,7 @@ class RegistrationEvaluator(SupervisedEvaluator):
         super().__init__(
             device=torch.device(device),
             val_data_loader=val_data_loader,
-            network=network,
+            network=_alone(network),
             inferer=inferer,
             prepare_batch=prepare_batch,
             decollate=False,
@@ -91,8 +93,7 @@ class RegistrationEvaluator(SupervisedEvaluator):
         self.precision = amp
         self.add_event_handler(Events.EPOCH_STARTED, self.metrics.reset)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._aggregate)
-        if val_handlers is not None:
-            self._register_handlers([handler for handler in val_handlers if handler is not None])
+        attach_handlers(self, val_handlers)
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
         image, batch = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
@@ -121,6 +122,14 @@ class RegistrationEvaluator(SupervisedEvaluator):
         better = current < best if self.lower_is_better else current > best
         if self.state.best_metric_epoch == -1 or better:
             self.state.best_metric, self.state.best_metric_epoch = current, self.state.epoch
+
+
+def _alone(network: nn.Module) -> nn.Module:
+    """The network without gradient synchronisation.
+
+    That also sends buffers around in every forward pass, for which ranks with fewer pairs would not be there.
+    """
+    return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def _now(device: torch.device) -> float:

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from common.engines.network import autocast
 from common.engines.values import PairValues, stack_pair
+from common.handlers import attach_handlers
 from common.losses import WeightedLosses
 
 __all__ = ["NonFiniteLossError", "RegistrationTrainer", "prepare_pair", "require_finite", "set_epoch"]
@@ -123,8 +124,7 @@ class RegistrationTrainer(SupervisedTrainer):
         self.scaler = torch.amp.GradScaler("cuda") if use_scaler else None
         self.add_event_handler(Events.EPOCH_STARTED, set_epoch)
         # Registered last, so that a handler that resumes sees an engine that is whole.
-        if train_handlers is not None:
-            self._register_handlers([handler for handler in train_handlers if handler is not None])
+        attach_handlers(self, train_handlers)
 
     def run(self) -> None:  # type: ignore[override]
         """Train to ``max_epochs``."""

@@ -19,6 +19,7 @@ from common.handlers.pictures import PictureSaver
 from common.handlers.progress import LossProgressBar
 from common.handlers.table import MetricsTable
 from common.handlers.tensorboard import TensorBoardPictures, TensorBoardScalars
+from common.handlers.tracking import attach_handlers
 from common.handlers.weight_schedule import LossWeightSchedule
 from common.handlers.writer import RegistrationWriter
 
@@ -33,6 +34,7 @@ __all__ = [
     "SafeCheckpoint",
     "TensorBoardPictures",
     "TensorBoardScalars",
+    "attach_handlers",
     "figure_to_array",
     "load_checkpoint",
     "registration_figure",

@@ -10,6 +10,7 @@
 # limitations under the License.
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -46,6 +47,25 @@ def test_keys_of_the_config_and_options_of_monai_pass(config: Path) -> None:
     check_options([*RUN, "--config_file", both, *given, *own, "--", "--trace"])
     with pytest.raises(ValueError, match="--initialize is no key"):
         check_options([*RUN, "--config_file", str(config), "--initialize", "[]"])
+
+
+def test_options_of_tracking_pass_with_tracking_only(config: Path, tmp_path: Path) -> None:
+    named = [*RUN, "--config_file", str(config), "--experiment_name", "mine"]
+    check_options([*named, "--tracking", "mlflow", "--tracking_uri", "sqlite:///x.db", "--run_name", "first"])
+    with pytest.raises(ValueError, match="--experiment_name is no key"):
+        check_options(named)
+    with pytest.raises(ValueError, match="--evaluator is no key"):
+        check_options([*named, "--tracking", "mlflow", "--evaluator", "1"])
+    settings = tmp_path / "mine.json"
+    settings.write_text(json.dumps({"handlers_id": {}, "configs": {"experiment_name": "x", "colour": "red"}}))
+    check_options([*named, "--tracking", str(settings), "--colour", "blue"])
+
+
+def test_tracking_without_mlflow_says_what_to_install(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else there(name))
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "warpzoo\[track\]"'):
+        check_options([*RUN, "--config_file", str(config), "--tracking", "mlflow"])
 
 
 def test_keys_of_other_formats_are_not_guessed(config: Path) -> None:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from common.engines import NonFiniteLossError, PairValues, autocast, prepare_pair
 from common.engines.trainer import require_finite, set_epoch
+from common.handlers import attach_handlers
 from common.spatial import warp
 
 from .contrastive import ContrastiveObjective, set_trainable
@@ -126,8 +127,7 @@ class SimilarityTrainer(Trainer):
         self.add_event_handler(Events.EPOCH_COMPLETED, self.store.synchronise)
         self.add_event_handler(Events.COMPLETED, self.store.tidy)
         # Registered last, so that a handler that resumes sees an engine that is whole.
-        if train_handlers is not None:
-            self._register_handlers([handler for handler in train_handlers if handler is not None])
+        attach_handlers(self, train_handlers)
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
         _, batch = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
