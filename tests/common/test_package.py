@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,61 @@ common.bundle_root("ssl_pretrain")
 import scripts.ssl_head
 """
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, capture_output=True, text=True)
+
+
+def ship(repository: Path, folder: Path, name: str) -> Path:
+    """A shipped bundle with a core and scripts that can be told from others."""
+    for part in ("configs", "scripts", "common", "data_splits"):
+        (folder / name / part).mkdir(parents=True)
+    (folder / name / "scripts/__init__.py").write_text(f"OF = {name!r}")
+    shutil.copy(repository / "common/__init__.py", folder / name / "common")
+    (folder / name / "common/marker.py").write_text(f"OF = {name!r}")
+    return folder / name
+
+
+def run(cwd: Path, *lines: str) -> str:
+    """Lines of Python, with the current directory on the path as ``python -m`` has it."""
+    command = [sys.executable, "-c", "\n".join(("import os, sys", *lines))]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+RUN_ONE = (
+    "import common",
+    "assert common.bundle_root('one') == os.path.realpath(typed)",
+    "import common.marker, scripts",
+    "assert common.marker.OF == scripts.OF == 'one', (common.marker.OF, scripts.OF)",
+    "assert str(common.data_splits_root().parent) == os.path.realpath(typed)",
+)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_shipped_bundle_is_used_from_any_current_directory(repository: Path, tmp_path: Path, absolute: bool) -> None:
+    bundle, other = ship(repository, tmp_path, "one"), ship(repository, tmp_path, "two")
+    # In the checkout and in another bundle, another `common` is imported first; in the latter `scripts` is there, too.
+    for cwd in (repository, other, bundle, tmp_path):
+        typed = str(bundle) if absolute else os.path.relpath(bundle, cwd)
+        run(cwd, f"typed = {typed!r}", "sys.path.insert(1, typed)", *RUN_ONE)
+
+
+def test_a_shipped_bundle_says_when_another_core_is_in_use(repository: Path, tmp_path: Path) -> None:
+    bundle = ship(repository, tmp_path, "one")
+    lines = ("import common.options", f"sys.path.insert(1, {str(bundle)!r})", "print(common.bundle_root('one'))")
+    text = run(repository, *lines)
+    assert f"{bundle} brings its own common/, but that of {repository} is in use" in text
+    assert str(bundle) in text.splitlines()
+
+
+def test_a_bundle_that_monai_runs_comes_before_the_checkout(repository: Path, tmp_path: Path) -> None:
+    for part in ("configs", "scripts"):
+        (tmp_path / "gradirn" / part).mkdir(parents=True)
+    lines = (
+        f"sys.path.insert(1, {str(tmp_path / 'gradirn')!r})",
+        "import common",
+        "print(common.bundle_root('gradirn'))",
+    )
+    assert run(repository, *lines).strip() == str((tmp_path / "gradirn").resolve())
 
 
 def imported(path: Path) -> set[str]:
