@@ -15,10 +15,13 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from types import ModuleType
 
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "bundle_root", "data_splits_root"]
+
+_scripts: dict[Path, dict[str, ModuleType]] = {}  # of bundles that were asked for before another one, by their folders
 
 
 def bundle_root(name: str) -> str:
@@ -29,6 +32,9 @@ def bundle_root(name: str) -> str:
     one is lost when ITK changes the current directory, as it does while it loads, and the current directory, which
     stands there otherwise, may be another bundle with ``scripts`` of its own. A shipped bundle runs on the core that it
     brings.
+
+    ``scripts`` is another package in each bundle. From this call on it is this bundle's; what was imported of another
+    one keeps working, and is found again, the same modules, when that bundle is asked for.
 
     Args:
         name: the bundle, such as ``ssl_pretrain``.
@@ -46,6 +52,7 @@ def bundle_root(name: str) -> str:
         if (candidate / "configs").is_dir() and (candidate / "scripts").is_dir():
             sys.path[:] = [str(candidate), *(entry for entry in sys.path if entry != str(candidate))]
             _prefer_core_of(candidate)
+            _take_scripts_of(candidate)
             return str(candidate)
     raise FileNotFoundError(f"no bundle '{name}': looked for configs/ and scripts/ in {[str(c) for c in candidates]}")
 
@@ -75,3 +82,17 @@ def _prefer_core_of(bundle: Path) -> None:
         )
     else:
         __path__[:] = [str(own)]
+
+
+def _take_scripts_of(bundle: Path) -> None:
+    """Let ``scripts`` be those of a bundle, and keep the modules of the one before."""
+    loaded = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "scripts"}
+    package = loaded.get("scripts")
+    owner = None if package is None or package.__file__ is None else _resolved(package.__file__).parent.parent
+    if owner == bundle:
+        return
+    for name in loaded:
+        del sys.modules[name]
+    if owner is not None:
+        _scripts[owner] = loaded
+    sys.modules.update(_scripts.get(bundle, {}))

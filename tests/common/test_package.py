@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 import common
+from tests.bundles.commands import python
 
 
 def test_a_bundle_is_found_in_the_checkout(repository: Path) -> None:
@@ -114,6 +115,27 @@ def test_a_bundle_that_monai_runs_comes_before_the_checkout(repository: Path, tm
         "print(common.bundle_root('gradirn'))",
     )
     assert run(repository, *lines).strip() == str((tmp_path / "gradirn").resolve())
+
+
+def test_each_bundle_gets_its_own_scripts_in_one_process(repository: Path) -> None:
+    code = """
+import sys
+import common
+common.bundle_root("gradirn")
+from scripts.network import GraDIRN as first
+common.bundle_root("dual_stream_pyramid")
+from scripts.pyramid import DualStreamPyramid as second
+assert "scripts.network" not in sys.modules
+import scripts
+assert scripts.__file__.startswith(common.bundle_root("dual_stream_pyramid"))
+common.bundle_root("gradirn")
+from scripts.network import GraDIRN as again
+assert again is first
+common.bundle_root("dual_stream_pyramid")
+from scripts.pyramid import DualStreamPyramid as again
+assert again is second
+"""
+    python(repository, code)
 
 
 def imported(path: Path) -> set[str]:
