@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.spatial.exporting import exporting, sample_plainly
 from common.spatial.grid import as_field, check_batch
 from common.spatial.sampling import padding_code, sample_backward, sample_forward, sample_linear
 
@@ -44,6 +45,11 @@ def integrate(velocity: Tensor, steps: int = 7, *, padding: str = "border") -> T
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
     velocity, code = as_field(velocity, "velocity"), padding_code(padding)
+    if exporting():
+        ddf = velocity / 2**steps
+        for _ in range(steps):
+            ddf = ddf + sample_plainly(ddf, ddf, padding)
+        return ddf
     if torch.is_grad_enabled() and velocity.requires_grad:
         result: Tensor = _ScalingAndSquaring.apply(velocity, steps, code)
         return result

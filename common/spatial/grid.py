@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.spatial.exporting import exporting
+
 __all__ = ["as_field", "check_batch", "identity_grid", "plain"]
 
 
@@ -42,7 +44,8 @@ def plain(tensor: Tensor) -> Tensor:
 
     A MONAI ``MetaTensor`` carries an affine; a moved image lives on another grid, so keeping the affine would be wrong.
     """
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+    # A recording has tensors of a type of its own, which must stay as they are.
+    return tensor if type(tensor) is Tensor or exporting() else tensor.as_subclass(Tensor)
 
 
 def as_field(field: Tensor, name: str = "ddf") -> Tensor:

@@ -46,7 +46,7 @@ def resample_field(
         ValueError: when ``size`` or ``scale`` has another number of axes, or ``size`` is not positive.
     """
     ddf = as_field(ddf)
-    old, new = tuple(ddf.shape[2:]), tuple(int(n) for n in size)
+    old, new = tuple(ddf.shape[2:]), tuple(torch.sym_int(n) for n in size)
     if len(new) != len(old) or min(new) < 1:
         raise ValueError(f"size must be {len(old)} positive numbers for ddf {tuple(ddf.shape)}, got {new}")
     if old == new and scale is None:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.spatial.exporting import exporting, sample_plainly
 from common.spatial.trilinear import fits, trilinear, trilinear_backward
 
 __all__ = ["PADDING", "padding_code", "sample_backward", "sample_forward", "sample_linear", "sampler_grid"]
@@ -62,6 +63,8 @@ def sample_linear(image: Tensor, ddf: Tensor, padding: str) -> Tensor:
         (B, C, *Sf), of the dtype of ``ddf``.
     """
     code = padding_code(padding)
+    if exporting():
+        return sample_plainly(image, ddf, padding)
     if torch.is_grad_enabled() and (image.requires_grad or ddf.requires_grad):
         result: Tensor = _SampleLinear.apply(image, ddf, code)
         return result
