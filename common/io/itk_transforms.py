@@ -102,7 +102,7 @@ def _sampled(transform: Any, grid: Grid) -> Displacement:
     import itk
 
     dims = len(grid.shape)
-    vectors = itk.Image[itk.Vector[itk.D, dims], dims]
+    vectors = itk.Image[itk.Vector[itk.F, dims], dims]
     sampler = itk.TransformToDisplacementFieldFilter[vectors, itk.D].New()
     size, origin, spacing, direction = _itk_geometry(grid)
     sampler.SetSize(size)
@@ -134,8 +134,12 @@ def write_itk_transform(path: Path, transform: SpatialTransform) -> None:
         itk.transformwrite([_to_itk_affine(transform.matrix)], str(path))
         return
     composite = itk.CompositeTransform[itk.D, dims].New()
-    for part in reversed(transform.parts):
-        composite.AddTransform(_to_itk_affine(part.matrix) if isinstance(part, Affine) else _to_itk_field(part, path))
+    # ITK looks at these arrays without owning them: they have to last until the file is written.
+    arrays = [None if isinstance(part, Affine) else _to_itk_vectors(part) for part in transform.parts]
+    for part, array in zip(reversed(transform.parts), reversed(arrays), strict=True):
+        composite.AddTransform(
+            _to_itk_affine(part.matrix) if isinstance(part, Affine) else _to_itk_field(part.grid, array, path)
+        )
     itk.transformwrite([composite], str(path), compression=True)
 
 
@@ -151,16 +155,22 @@ def _to_itk_affine(matrix: Tensor) -> Any:
     return transform
 
 
-def _to_itk_field(part: Displacement, path: Path) -> Any:
-    import itk
-
+def _to_itk_vectors(part: Displacement) -> np.ndarray:
+    """(z, y, x, d) float64, LPS mm."""
     dims = len(part.grid.shape)
-    _, origin, spacing, direction = _itk_geometry(part.grid)
-    if not np.allclose(direction.T @ direction, np.eye(dims), atol=1e-4):
-        raise TransformError(f"{path}: the field's grid is sheared, which ITK cannot represent: {direction.tolist()}")
     flip = np.diag(_lps(dims))[:dims].reshape(dims, *[1] * dims)
     field = part.field.detach().cpu().double().numpy() * flip
-    array = np.ascontiguousarray(field.transpose(*range(dims, 0, -1), 0))  # (z, y, x, d)
+    return np.ascontiguousarray(field.transpose(*range(dims, 0, -1), 0))
+
+
+def _to_itk_field(grid: Grid, array: np.ndarray | None, path: Path) -> Any:
+    """ITK's transform of vectors, which it reads where they are."""
+    import itk
+
+    dims = len(grid.shape)
+    _, origin, spacing, direction = _itk_geometry(grid)
+    if not np.allclose(direction.T @ direction, np.eye(dims), atol=1e-4):
+        raise TransformError(f"{path}: the field's grid is sheared, which ITK cannot represent: {direction.tolist()}")
     kind = itk.Image[itk.Vector[itk.D, dims], dims]
     image = itk.PyBuffer[kind].GetImageViewFromArray(array, True)
     image.SetOrigin(origin)

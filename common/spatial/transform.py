@@ -200,7 +200,7 @@ class SpatialTransform:
             tolerance: voxels; see :func:`common.spatial.invert`.
 
         Returns:
-            the inverse, and how far at most, in mm, going there and back ends from where it began.
+            the inverse, and how far at most, in mm, going there and back from a voxel ends from where it began.
 
         Warns:
             UserWarning: when a displacement has no inverse to that tolerance, as where it folds.
