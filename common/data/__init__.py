@@ -15,8 +15,10 @@ from __future__ import annotations
 from common.data.cohort import Cohort, cohort_from_json, load_cohort
 from common.data.group_sampler import GroupSampler
 from common.data.integrity import CohortReport, IntegrityError, check_integrity
+from common.data.pair_files import PairList, read_pair_table
 from common.data.pairs import PairDataset
 from common.data.random_pairs import RandomPairDataset
+from common.data.scan_pairs import ScanPairs
 from common.data.subsets import nested_subset
 
 __all__ = [
@@ -25,9 +27,12 @@ __all__ = [
     "GroupSampler",
     "IntegrityError",
     "PairDataset",
+    "PairList",
     "RandomPairDataset",
+    "ScanPairs",
     "check_integrity",
     "cohort_from_json",
     "load_cohort",
     "nested_subset",
+    "read_pair_table",
 ]

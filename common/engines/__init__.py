@@ -16,6 +16,7 @@ from common.engines.detailed_measures import detailed_measures
 from common.engines.evaluator import RegistrationEvaluator
 from common.engines.measures import standard_measures
 from common.engines.network import FieldsModule, autocast, distribute, seed_everything
+from common.engines.pairs_evaluator import PairsEvaluator
 from common.engines.pretrained import load_pretrained_encoder
 from common.engines.ranks import join_ranks, leave_ranks
 from common.engines.trainer import NonFiniteLossError, RegistrationTrainer, prepare_pair
@@ -25,6 +26,7 @@ __all__ = [
     "FieldsModule",
     "NonFiniteLossError",
     "PairValues",
+    "PairsEvaluator",
     "RegistrationEvaluator",
     "RegistrationTrainer",
     "autocast",

@@ -47,6 +47,7 @@ def standard_measures(
     seconds: bool = False,
     reported: Mapping[str, str] | None = None,
     landmarks: bool = False,
+    some_labels: bool = False,
 ) -> MetricCollection:
     """Similarity and regularity always; overlap where there are labels; each overlap also before registration.
 
@@ -64,6 +65,7 @@ def standard_measures(
             ``{"weight": "weight_map"}``; without a value where the network does not give that output.
         landmarks: also the distance in mm of landmarks from their partners, for pairs that carry ``fixed_points`` and
             ``moving_points``.
+        some_labels: pairs may lack label maps; what is measured on them is then left out of their rows.
 
     Returns:
         the measures, named ``similarity`` (1 is best), ``dice``, ``hd95``, ``asd``, ``ndv``, ``folds``, ``sdlogj``,
@@ -78,6 +80,9 @@ def standard_measures(
     entries = _standard(labels, spacing, surface)
     if definition != "standard":
         entries |= _learn2reg(labels, surface, "_l2r" if definition == "both" else "")
+    if some_labels:
+        for entry in entries.values():
+            entry["required"] = not any("label" in str(name) for name in entry["inputs"])
     if true_field:
         entries["epe"] = {"metric": EndpointError(), "inputs": ["ddf", "true_ddf"]}
     if landmarks:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from common.handlers.checkpoint import CheckpointError, SafeCheckpoint, load_checkpoint, resume_from, save_checkpoint
 from common.handlers.figures import figure_to_array, registration_figure
 from common.handlers.learn2reg_writer import Learn2RegWriter
+from common.handlers.pairs_table import PairsTable
 from common.handlers.pictures import PictureSaver
 from common.handlers.progress import LossProgressBar
 from common.handlers.table import MetricsTable
@@ -29,6 +30,7 @@ __all__ = [
     "LossProgressBar",
     "LossWeightSchedule",
     "MetricsTable",
+    "PairsTable",
     "PictureSaver",
     "RegistrationWriter",
     "SafeCheckpoint",

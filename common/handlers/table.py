@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 _IDS = ("moving_id", "fixed_id")
+# Columns that are no numbers; "error" is the last one.
+_TEXTS = (*_IDS, "id", "error")
 
 
 class MetricsTable:
@@ -97,15 +99,15 @@ class MetricsTable:
                 row.update(self._named(name, value[item].tolist()))
             self._local.append(row)
 
-    def _named(self, name: str, values: Sequence[float]) -> Row:
+    def _named(self, name: str, values: Sequence[float], columns: Mapping[str, Sequence[str]] | None = None) -> Row:
         self._headlines[name] = name if len(values) == 1 else f"{name}_mean"
         if len(values) == 1:
             return {name: values[0]}
-        given = self.columns.get(name, self.labels)
-        columns = given if len(given) == len(values) else tuple(str(k) for k in range(1, len(values) + 1))
+        given = (self.columns if columns is None else columns).get(name, self.labels)
+        names = given if len(given) == len(values) else tuple(str(k) for k in range(1, len(values) + 1))
         present = [value for value in values if not math.isnan(value)]
         mean = sum(present) / len(present) if present else math.nan
-        named = {f"{name}_{column}": value for column, value in zip(columns, values, strict=True)}
+        named = {f"{name}_{column}": value for column, value in zip(names, values, strict=True)}
         return {**named, f"{name}_mean": mean}
 
     def _finish(self, engine: Engine) -> None:
@@ -115,7 +117,7 @@ class MetricsTable:
         if not is_first_rank() or not self.rows:
             return
         self.summary = _summarise(self.rows)
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        columns = sorted(dict.fromkeys(key for row in self.rows for key in row), key="error".__eq__)
         _write(self.output_dir / self.filename, columns, self.rows)
         if self.summary_filename:
             lines = [{"metric": name, **values} for name, values in self.summary.items()]
@@ -143,13 +145,13 @@ def _merge(ranks: list[list[Row]]) -> list[Row]:
     merged = [row for turn in itertools.zip_longest(*ranks) for row in turn if row is not None]
     seen: dict[Any, Row] = {}
     for index, row in enumerate(merged):
-        pair = tuple(row[key] for key in _IDS)
+        pair = tuple(row[key] for key in _TEXTS if key in row and key != "error")
         seen.setdefault(pair if all(pair) else index, row)
     return list(seen.values())
 
 
 def _summarise(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    names = list(dict.fromkeys(key for row in rows for key in row if key not in _IDS))
+    names = list(dict.fromkeys(key for row in rows for key in row if key not in _TEXTS))
     summary = {}
     for name in names:
         values = torch.tensor(

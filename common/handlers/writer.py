@@ -25,7 +25,7 @@ from torch import Tensor
 
 from common.handlers.figures import registration_figure
 from common.handlers.output import claim_folder
-from common.io import Scan, load_image, require_same_grid, save_field, save_image
+from common.io import PairFolders, Scan, load_image, require_label_map, save_field, save_image
 from common.io.fields import FIELD_FORMATS
 from common.spatial import affine_to_ddf, warp, warp_labels
 from common.spatial.world import field_on_grid
@@ -46,13 +46,17 @@ class RegistrationWriter:
     names one, ``moved_label.nii.gz``. If the network also gives the inverse field, ``inverse_ddf.nii.gz`` and
     ``inverse_moved.nii.gz``, the fixed scan brought back, lie on the grid of the moving file. A map that the network
     gives, such as ``weight_map.nii.gz``, is resampled to the grid of the fixed file. Several pairs get a folder each,
-    ``<moving_id>_to_<fixed_id>``.
+    ``<moving_id>_to_<fixed_id>``, or the one that ``folders`` has for their ``id``.
+
+    With ``folders`` a pair that cannot be written is no reason to stop: the output gets the reason as ``error``, for a
+    table that is attached after this. A full disk or a folder that cannot be written to is one.
 
     Args:
         output_dir: folder, made and tried before the first pair.
         pairs: the pairs in the evaluator's order: ``moving`` and ``fixed`` are files, ``moving_label`` may be.
         field_format: ``"itk"`` or ``"l2r"``, see :func:`common.io.save_field`.
         maps: outputs of the network, (B, 1, \\*S) on the fixed grid, that become files where it gives them.
+        folders: where the pairs of a list go, see :class:`common.io.PairFolders`.
 
     Raises:
         ValueError: for an unknown format; when the evaluator starts, for a label map with fractional values.
@@ -66,11 +70,13 @@ class RegistrationWriter:
         pairs: Sequence[Mapping[str, Any]],
         field_format: str = "itk",
         maps: Sequence[str] = ("weight_map",),
+        folders: PairFolders | None = None,
     ) -> None:
         if field_format not in FIELD_FORMATS:
             raise ValueError(f"unknown field_format '{field_format}', expected one of {list(FIELD_FORMATS)}")
         self.output_dir = Path(output_dir)
-        self.pairs = {(_name(p, "moving"), _name(p, "fixed")): p for p in pairs}
+        self.pairs = {_name(pair): pair for pair in pairs}
+        self.folders = folders
         self.field_format = field_format
         self.maps = tuple(maps)
 
@@ -82,19 +88,40 @@ class RegistrationWriter:
     def _check(self, engine: Engine) -> None:
         """Find out now what would fail, or give wrong labels, after the network has worked."""
         claim_folder(self.output_dir)
+        if self.folders is not None:
+            return  # The maps of a list are looked at pair by pair, when each is loaded.
         for pair in self.pairs.values():
             if pair.get("moving_label"):
-                label = load_image(pair["moving_label"])
-                require_same_grid(load_image(pair["moving"]), label)
-                if not np.array_equal(label.array, np.round(label.array)):
-                    raise ValueError(f"{label.path} must hold whole numbers, as a label map does; is it an image?")
+                require_label_map(pair["moving"], pair["moving_label"])
 
     def _write_batch(self, engine: Engine) -> None:
         output = engine.state.output
+        if self.folders is not None:
+            self._write_listed(self.folders, output)
+            return
         for item, names in enumerate(zip(output["moving_id"], output["fixed_id"], strict=True)):
             folder = self.output_dir if len(self.pairs) == 1 else self.output_dir / "_to_".join(names)
-            self._write(folder, self.pairs[names], output, item)
+            self._write(folder, self.pairs["_to_".join(names)], output, item)
+            metrics = {k: [None if v != v else v for v in row] for k, row in _measured(output, item).items()}
+            # JSON has no NaN: what could not be measured is null.
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
             logger.info("wrote %s", folder)
+
+    def _write_listed(self, folders: PairFolders, output: dict[str, Any]) -> None:
+        for item, name in enumerate(output["id"]):
+            if "ddf" not in output:
+                if "error" in output:
+                    folders.restart(name)  # What an earlier run left there is no result of this one.
+                continue
+            try:
+                folders.restart(name)
+                self._write(folders.of(name), self.pairs[name], output, item)
+                folders.finish(self.pairs[name], _measured(output, item))
+                logger.info("wrote %s", folders.of(name))
+            except OSError:
+                raise
+            except Exception as error:
+                output["error"] = [str(error) or repr(error)] * len(output["id"])
 
     def _write(self, folder: Path, pair: Mapping[str, Any], output: Mapping[str, Any], item: int) -> None:
         moving, fixed = load_image(pair["moving"]), load_image(pair["fixed"])
@@ -120,9 +147,6 @@ class RegistrationWriter:
         view = {**labels, **maps, **_view(fixed)}
         figure = registration_figure(old_image[0], target[0], new_image[0], ddf[0], **view)
         figure.savefig(folder / "registration.png", dpi=110)
-        # JSON has no NaN: what could not be measured is null.
-        metrics = {k: [None if v != v else v for v in values[item].tolist()] for k, values in output["metrics"].items()}
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
     def _write_maps(
         self,
@@ -192,8 +216,12 @@ def _to_one_scale(reference: Tensor, *images: Tensor) -> list[Tensor]:
     return [((image - low) / max(high - low, 1e-12)).clamp(0, 1) for image in images]
 
 
-def _name(pair: Mapping[str, Any], role: str) -> str:
-    return str(pair.get(f"{role}_id") or role)
+def _name(pair: Mapping[str, Any]) -> str:
+    return str(pair.get("id") or "_to_".join(str(pair.get(f"{role}_id") or role) for role in ("moving", "fixed")))
+
+
+def _measured(output: Mapping[str, Any], item: int) -> dict[str, list[float]]:
+    return {name: values[item].tolist() for name, values in output["metrics"].items()}
 
 
 def _image(scan: Scan, device: torch.device) -> Tensor:

@@ -15,23 +15,31 @@ from __future__ import annotations
 from common.io.common_grid import common_grid
 from common.io.fields import load_field, save_field
 from common.io.grids import GridError, grid_difference, require_same_grid, same_grid
+from common.io.headers import image_dims
+from common.io.label_maps import label_values, require_label_map
+from common.io.pair_folders import PairFolders
 from common.io.pair_grid import pair_grid
-from common.io.scans import Scan, ScanError, load_image, save_image
+from common.io.scans import Scan, ScanError, load_image, load_series, save_image
 from common.io.transforms import TransformError, grid_of, load_transform, load_transforms, save_transform
 
 __all__ = [
     "GridError",
+    "PairFolders",
     "Scan",
     "ScanError",
     "TransformError",
     "common_grid",
     "grid_difference",
     "grid_of",
+    "image_dims",
+    "label_values",
     "load_field",
     "load_image",
+    "load_series",
     "load_transform",
     "load_transforms",
     "pair_grid",
+    "require_label_map",
     "require_same_grid",
     "same_grid",
     "save_field",

@@ -24,6 +24,7 @@ from common.transforms.dictionary import RandImagePairD, RandImagePaird, RandIma
 from common.transforms.fitting import FitWholed
 from common.transforms.preprocessing import CheckScand, ScalePercentilesd, scan_transforms
 from common.transforms.random_images import ImagePair, PairOptions, generate_pair
+from common.transforms.scan_pairs import LoadScanPaird
 from common.transforms.shifts import IntensityShift
 from common.transforms.stacks import CompleteSlices, RandSlice, ScaleSlicesd, cohort_transforms, stack_transforms
 
@@ -33,6 +34,7 @@ __all__ = [
     "FitWholed",
     "ImagePair",
     "IntensityShift",
+    "LoadScanPaird",
     "PairOptions",
     "RandImagePair",
     "RandImagePairD",

@@ -1,0 +1,89 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pairs of scans that are registered as they come: each on a grid of its own, none loaded twice, none fatal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from common.data.pairs import _affine, _plain
+from common.io.pair_folders import PairFolders
+
+__all__ = ["ScanPairs"]
+
+logger = logging.getLogger(__name__)
+
+_IMAGES = ("moving", "fixed", "moving_label", "fixed_label")
+_NAMES = ("moving_id", "fixed_id", "id")
+
+
+class ScanPairs(Dataset):
+    """A list of pairs of scans for inference.
+
+    An item has ``moving``, ``fixed`` (1,*S), ``moving_label``, ``fixed_label`` (1,*S) int32 where a pair has both,
+    ``moving_affine``, ``fixed_affine`` (d+1,d+1) float64, and the names ``moving_id``, ``fixed_id`` and ``id``. Sizes
+    differ from item to item, so a batch has one.
+
+    Where ``folders`` are given, a list goes on whatever happens to one of its pairs: an item of nothing but names is a
+    pair that was registered before, one with ``error`` a pair that cannot be loaded, and why.
+
+    Args:
+        data: pairs as :class:`common.data.PairList` has them.
+        transform: from the files of a pair to its images, such as :class:`common.transforms.LoadScanPaird`.
+        folders: where results go; None for a single pair, of which every error is raised.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        folders: PairFolders | None = None,
+    ) -> None:
+        self.data, self.transform, self.tolerant = data, transform, folders is not None
+        # Now and not later: other processes complete folders while this one works.
+        self.complete = set() if folders is None else {n for n, pair in enumerate(data) if folders.complete(pair)}
+        if self.complete:
+            names = ", ".join(str(data[n]["id"]) for n in sorted(self.complete))
+            logger.info(
+                "%d of %d pairs are complete and skipped (--overwrite True does them again): %s",
+                *(len(self.complete), len(data), names),
+            )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.data[index]
+        names = {key: str(pair[key]) for key in _NAMES if key in pair}
+        if index in self.complete:
+            return names
+        try:
+            return {**names, **self._load(pair)}
+        except Exception as error:
+            # MONAI says in which transform it happened; the reason is below that.
+            reason: BaseException = error
+            while type(reason) is RuntimeError and reason.__cause__ is not None:
+                reason = reason.__cause__
+            if not self.tolerant:
+                raise RuntimeError(f"{pair['moving']} and {pair['fixed']} cannot be registered: {reason}") from error
+            return {**names, "error": str(reason) or repr(reason)}
+
+    def _load(self, pair: Mapping[str, Any]) -> dict[str, Any]:
+        loaded = self.transform(pair)
+        item: dict[str, Any] = {}
+        for key in _IMAGES:
+            if loaded.get(key) is not None and not isinstance(loaded[key], str):
+                item[key] = _plain(loaded[key])
+        return item | {f"{role}_affine": _affine(loaded[role]) for role in ("moving", "fixed")}

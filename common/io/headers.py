@@ -1,0 +1,67 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a scan's header alone says, for lists of scans that are too many to load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+
+from common.io.scans import _ITK, _NIFTI, ScanError, _damage_named
+
+__all__ = ["image_dims"]
+
+
+def image_dims(path: str | Path) -> int:
+    """How many axes in space a scan has, as :func:`common.io.load_image` counts them; no voxel is read.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        2 or 3; more for a series, which ``load_image`` refuses.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ScanError: for an unknown extension or a header that cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}")
+    name = path.name.lower()
+    if not name.endswith((*_NIFTI, *_ITK)):
+        raise ScanError(f"{path}: unknown image format, expected one of {[*_NIFTI, *_ITK]}")
+    try:
+        with _damage_named(path):
+            shape = _nifti_shape(path) if name.endswith(_NIFTI) else _itk_shape(path)
+    except nib.filebasedimages.ImageFileError as error:
+        raise ScanError(f"{path} is no readable NIfTI file: {error}") from error
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return len(shape)
+
+
+def _nifti_shape(path: Path) -> Sequence[int]:
+    image = nib.load(path)
+    return tuple(image.shape)  # type: ignore[attr-defined]
+
+
+def _itk_shape(path: Path) -> Sequence[int]:
+    import itk
+
+    reader = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+    if reader is None:
+        raise ScanError(f"{path} could not be read, it may be damaged or truncated")
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return tuple(int(reader.GetDimensions(axis)) for axis in range(reader.GetNumberOfDimensions()))
