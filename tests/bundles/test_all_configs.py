@@ -78,9 +78,9 @@ SCALED = {"train": "multi_gpu_train", "evaluate": "multi_gpu_evaluate"}
 BEGINNING = "imports bundle_root output_dir device seed dataset dataset_dir datalist download"
 SHARED_KEYS = {
     "train": f"{BEGINNING} atlas train_fraction train_count spatial_size spacing orientation intensity padding fit "
-    "spatial_dims max_epochs epoch_length val_interval batch_size num_workers cache learning_rate amp resume pretrained "
-    "checkpoint cohort labels subject_transform network_def network weights pretrained_encoder loss optimizer "
-    "lr_scheduler state train validate checked_options seeded checked loaded run",
+    "spatial_dims max_epochs epoch_length val_interval batch_size num_workers cache learning_rate amp resume "
+    "pretrained checkpoint cohort labels subject_transform network_def network weights pretrained_encoder loss "
+    "optimizer lr_scheduler state train validate checked_options seeded checked loaded run",
     "evaluate": f"{BEGINNING} atlas spatial_size spacing orientation intensity padding fit spatial_dims split "
     "batch_size checkpoint amp surface pictures cohort labels network_def evaluated_network weights preprocessing "
     "pairs dataloader inferer metrics handlers evaluator checked_options seeded loaded run",
