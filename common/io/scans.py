@@ -25,7 +25,7 @@ import numpy as np
 
 from common.io.files import writing
 
-__all__ = ["ScanError", "Scan", "load_image", "save_image"]
+__all__ = ["ScanError", "Scan", "load_image", "load_series", "save_image"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Scan:
         return "".join(str(code) for code in nib.aff2axcodes(self.affine_3d)[: self.spatial_dims])
 
 
-def load_image(path: str | Path) -> Scan:
+def load_image(path: str | Path, frame: int | None = None) -> Scan:
     """Read a scan without resampling or reorienting anything.
 
     NIfTI by nibabel, with its intensity scaling applied; ``.nrrd``, ``.mha`` and others by ITK, whose LPS affine is
@@ -78,31 +78,35 @@ def load_image(path: str | Path) -> Scan:
 
     Args:
         path: of the file.
+        frame: which one of a series (its last axis), counted from 0, or from its end if negative.
 
     Returns:
         the scan.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ScanError: for an unknown extension, a damaged file, vectors, colours, complex numbers, real time series.
+        ScanError: for an unknown extension, a damaged file, vectors, colours, complex numbers, a series when no frame
+            is named, a frame that it does not have.
 
     Warns:
         UserWarning: when a NIfTI header places the image nowhere (neither sform nor qform).
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image at {path}")
-    name = path.name.lower()
-    if name.endswith(_NIFTI):
-        array, affine = _read_nifti(path)
-    elif name.endswith(_ITK):
-        array, affine = _read_itk(path)
-    else:
-        raise ScanError(f"{path}: unknown image format, expected one of {[*_NIFTI, *_ITK]}")
-    array = _squeeze(array, path)
-    if array.dtype.byteorder not in ("=", "|"):
-        array = array.astype(array.dtype.newbyteorder("="))
-    return Scan(array, in_plane_affine(affine, array.ndim), path, affine)
+    array, affine = _read(path)
+    return _scan(_one_frame(array, path, frame), affine, path)
+
+
+def load_series(path: str | Path) -> list[Scan]:
+    """Read every frame of a series, such as a map of probabilities a class; a single image is a series of one.
+
+    Raises:
+        FileNotFoundError, ScanError: as :func:`load_image`.
+    """
+    path = Path(path)
+    array, affine = _read(path)
+    if array.ndim != 4:
+        return [_scan(_one_frame(array, path, None), affine, path)]
+    return [_scan(_one_frame(array[..., k], path, None), affine, path) for k in range(array.shape[-1])]
 
 
 def save_image(
@@ -165,6 +169,23 @@ def in_plane_affine(affine: np.ndarray, dimensions: int) -> np.ndarray:
     return plane
 
 
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}")
+    name = path.name.lower()
+    if name.endswith(_NIFTI):
+        return _read_nifti(path)
+    if name.endswith(_ITK):
+        return _read_itk(path)
+    raise ScanError(f"{path}: unknown image format, expected one of {[*_NIFTI, *_ITK]}")
+
+
+def _scan(array: np.ndarray, affine: np.ndarray, path: Path) -> Scan:
+    if array.dtype.byteorder not in ("=", "|"):
+        array = array.astype(array.dtype.newbyteorder("="))
+    return Scan(array, in_plane_affine(affine, array.ndim), path, affine)
+
+
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         image: Any = nib.load(path)
@@ -219,12 +240,19 @@ def _require_scalar(dtype: np.dtype, path: Path) -> None:
         raise ScanError(f"{path} holds complex numbers ({dtype}); save the magnitude first")
 
 
-def _squeeze(array: np.ndarray, path: Path) -> np.ndarray:
+def _one_frame(array: np.ndarray, path: Path, frame: int | None) -> np.ndarray:
+    """An image without axes of length 1 at its end."""
     shape = array.shape
+    if frame is not None:
+        count = shape[3] if array.ndim == 4 else 1
+        if array.ndim > 4 or not -count <= frame < count:
+            raise ScanError(f"{path} has shape {shape}: it has no frame {frame}, as its frames are 0 to {count - 1}")
+        array = array[..., frame] if array.ndim == 4 else array
     while array.ndim > 2 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim > 3:
-        kind = "a vector image or displacement field" if array.ndim == 5 else "a series; choose one frame"
+        series = f"a series; choose a frame from 0 to {shape[3] - 1} (--frame)"
+        kind = "a vector image or displacement field" if array.ndim == 5 else series
         raise ScanError(f"{path} has shape {shape}, expected 2 or 3 axes longer than 1: it looks like {kind}")
     if array.ndim < 2 or 0 in array.shape:
         raise ScanError(f"{path} has shape {shape}, expected a 2-D or 3-D image")

@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.io import ScanError, load_image, save_image
+from common.io import ScanError, load_image, load_series, save_image
 
 OBLIQUE = np.array(
     [[-0.9 * 1.5, 0.3, 0.0, 10.0], [0.4, 0.95 * 1.1, 0.1, -20.0], [0.1, 0.0, 2.5, 5.0], [0.0, 0.0, 0.0, 1.0]]
@@ -97,7 +97,7 @@ def test_big_endian_becomes_native(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "series": (ramp(3, 4, 5, 2), "shape .3, 4, 5, 2.*one frame"),
+    "series": (ramp(3, 4, 5, 2), r"shape .3, 4, 5, 2.*a frame from 0 to 1 \(--frame\)"),
     "field": (ramp(3, 4, 5, 1, 3), "displacement field"),
     "complex": (ramp(3, 4, 5).astype(np.complex64), "complex"),
     "colours": (np.zeros((3, 4, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours"),
@@ -224,3 +224,17 @@ def test_real_brain(shared: Path) -> None:
     assert scan.array.shape == (160, 192, 224)
     assert scan.orientation == "LIA"
     assert load_image(shared / "data/OASIS2D/oasis2d_0000.nrrd").array.shape == (128, 128)
+
+
+def test_a_frame_of_a_series_is_a_scan(tmp_path: Path) -> None:
+    series = ramp(3, 4, 5, 2)
+    nib.save(nib.Nifti1Image(series, np.diag([2.0, 1, 1, 1])), tmp_path / "series.nii.gz")
+    path = tmp_path / "series.nii.gz"
+    assert np.array_equal(load_image(path, frame=1).array, series[..., 1])
+    assert np.array_equal(load_image(path, frame=-2).array, series[..., 0])
+    assert [np.array_equal(scan.array, series[..., k]) for k, scan in enumerate(load_series(path))] == [True, True]
+    with pytest.raises(ScanError, match=r"no frame 2, as its frames are 0 to 1"):
+        load_image(path, frame=2)
+    save_image(tmp_path / "one.nii.gz", series[..., 0], np.eye(4))
+    assert load_image(tmp_path / "one.nii.gz", frame=0).array.shape == (3, 4, 5)
+    assert len(load_series(tmp_path / "one.nii.gz")) == 1
