@@ -19,7 +19,7 @@ from common.io.headers import image_dims
 from common.io.label_maps import label_values, require_label_map
 from common.io.pair_folders import PairFolders
 from common.io.pair_grid import pair_grid
-from common.io.scans import Scan, ScanError, load_image, load_series, save_image
+from common.io.scans import Scan, ScanError, load_image, load_series, save_image, save_series
 from common.io.transforms import TransformError, grid_of, load_transform, load_transforms, save_transform
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "same_grid",
     "save_field",
     "save_image",
+    "save_series",
     "save_transform",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 
 from common.io.files import writing
 
-__all__ = ["ScanError", "Scan", "load_image", "load_series", "save_image"]
+__all__ = ["ScanError", "Scan", "load_image", "load_series", "save_image", "save_series"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,24 @@ def save_image(
     stored = _storable(array, path)
     image = nib.Nifti1Image(stored[..., None] if stored.ndim == 2 else stored, affine_3d(affine))
     _set_header(image, description)
+    with writing(path, _NIFTI, overwrite) as partial:
+        nib.save(image, partial)
+    return Path(path)
+
+
+def save_series(path: str | Path, arrays: Sequence[np.ndarray], affine: np.ndarray, *, overwrite: bool = True) -> Path:
+    """Write images of one grid as the frames of a NIfTI series, (x, y, z, frames).
+
+    Args:
+        path: ends in ``.nii`` or ``.nii.gz``.
+        arrays: (*S) each, 2-D or 3-D.
+        affine: of all of them.
+        overwrite: replace an existing file.
+    """
+    frames = np.stack([np.asarray(array) for array in arrays], axis=-1)
+    stored = _storable(frames, path)
+    image = nib.Nifti1Image(stored[:, :, None] if stored.ndim == 3 else stored, affine_3d(affine))
+    _set_header(image, "")
     with writing(path, _NIFTI, overwrite) as partial:
         nib.save(image, partial)
     return Path(path)

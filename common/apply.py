@@ -1,0 +1,199 @@
+# Copyright (c) WarpZoo contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Carry images, label maps, probability maps and points through a registration's transform, in one interpolation.
+
+A transform says for every point of the fixed image which point of the moving image belongs to it::
+
+                     transform T
+    fixed image   ---------------->   moving image
+      a point x                         its partner T(x)
+
+    moved(x) = moving(T(x)): the moving image's intensities come to the fixed image's grid, against the arrow.
+    A landmark of the fixed image goes along the arrow, one of the moving image back along T's inverse.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.io import Scan, grid_of, load_image, load_series, load_transforms, save_image, save_series
+from common.io.points import from_ras, load_points, save_points, to_ras
+from common.spatial import Grid, SpatialTransform, warp, warp_labels
+
+__all__ = ["KINDS", "apply", "apply_to_image", "apply_to_points"]
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("image", "label", "label_nearest", "probability")
+
+
+def apply(
+    transform: str | Sequence[str],
+    output: str,
+    moving: str | None = None,
+    fixed: str | None = None,
+    points: str | None = None,
+    kind: str = "image",
+    space: str = "ras",
+    of: str = "fixed",
+    inverse: bool = False,
+    fill: float | None = None,
+    device: str | None = None,
+) -> None:
+    """Carry an image or points through transforms, in one interpolation.
+
+    ``python -m common apply --transform transform.h5 --moving scan.nii.gz --fixed ref.nii.gz --output moved.nii.gz``
+    ``python -m common apply --transform transform.h5 --points landmarks.csv --of fixed --output partners.csv``
+
+    Args:
+        transform: a file, or several as antsApplyTransforms takes them (the last one acts first on a point of the fixed
+            image): ITK and ANTs fields (.nii.gz) and transforms (.h5 .tfm .txt .mat), FSL's FLIRT matrices,
+            Learn2Reg's fields. ``name:inverse`` inverts one of them.
+        output: .nii.gz for an image, .csv for points.
+        moving: the image to carry. With ``points``: the moving image, where voxels or the transform's form ask for it.
+        fixed: the image whose grid the result lies on; any grid will do.
+        points: a CSV with columns x, y, z, or bare numbers.
+        kind: of the image: ``image`` (linear), ``label`` (the label with the greatest interpolated share),
+            ``label_nearest``, ``probability`` (every frame of a series, linear; the frames keep adding up to 1).
+        space: of the points, coming and going: ``voxel``, ``ras`` or ``lps`` (mm).
+        of: which image the points lie in; points of the fixed image go along the transform, those of the moving image
+            back along its inverse.
+        inverse: turn the transform around, numerically where it is a field.
+        fill: what lies outside of the image. Default: 0, or the image's lowest value if that is negative (CT).
+        device: ``cpu`` or ``cuda``. Default: a GPU if there is one.
+
+    Raises:
+        FileNotFoundError, ScanError, TransformError, PointsError: name the file and what is wrong with it.
+        ValueError: for options that do not go together.
+    """
+    if moving is None and points is None:
+        raise ValueError("nothing to carry: give --moving, an image, or --points, a CSV")
+    if kind not in KINDS:
+        raise ValueError(f"unknown --kind '{kind}', expected one of {list(KINDS)}")
+    if of not in ("fixed", "moving"):
+        raise ValueError(f"--of must be 'fixed' or 'moving', got '{of}'")
+    paths = [transform] if isinstance(transform, str) else list(transform)
+    if points is not None:
+        # The images are only asked where they lie.
+        grids = tuple(None if name is None else grid_of(load_image(name)) for name in (fixed, moving))
+        found = _load(paths, grids, inverse)
+        _carry_points(points, found, grids, space, of, output)
+    elif fixed is None or moving is None:
+        raise ValueError("--fixed names the image whose grid the result lies on: give it too")
+    else:
+        _carry_image(paths, moving, fixed, kind, inverse, fill, device, output)
+    logger.info("wrote %s", output)
+
+
+def apply_to_image(
+    image: Tensor, transform: SpatialTransform, fixed: Grid, moving: Grid, kind: str = "image", fill: float = 0.0
+) -> Tensor:
+    """Pull an image back, in one interpolation.
+
+    Args:
+        image: (C, *Sm) on the grid ``moving``; integers for labels.
+        transform: from ``fixed`` to ``moving``.
+        fixed: the grid of the result.
+        moving: the grid of the image.
+        kind: one of :data:`KINDS`.
+        fill: the value outside of the image; labels have 0 there.
+
+    Returns:
+        (C, *fixed.shape).
+    """
+    ddf = transform.ddf(fixed, moving).to(image.device)
+    if kind == "label":
+        return warp_labels(image[None], ddf, padding="zeros")[0]
+    if kind == "label_nearest":
+        return warp(image[None], ddf, mode="nearest", padding="zeros")[0]
+    if kind == "probability":
+        moved = warp(image[None], ddf, padding="zeros")[0]
+        if len(image) > 1:  # what comes from outside belongs to the first class, the background
+            moved[:1] += 1 - warp(torch.ones_like(image[None, :1]), ddf, padding="zeros")[0]
+        return moved
+    return warp(image[None] - fill, ddf, padding="zeros")[0] + fill
+
+
+def apply_to_points(points: Tensor, transform: SpatialTransform, of: str = "fixed") -> Tensor:
+    """The partners (N, d) of points (N, d), RAS mm, of the fixed or of the moving image."""
+    return transform.points(points) if of == "fixed" else transform.inverse()[0].points(points)
+
+
+def _load(paths: Sequence[str], grids: tuple[Grid | None, ...], inverse: bool) -> SpatialTransform:
+    """The transform; turned around, its files are about the two images the other way round."""
+    fixed, moving = reversed(grids) if inverse else grids
+    found = load_transforms(paths, fixed=fixed, moving=moving)
+    if not inverse:
+        return found
+    turned, residual = found.inverse()
+    logger.info("inverted: there and back ends within %.3g mm of where it began", residual)
+    return turned
+
+
+def _carry_image(
+    paths: Sequence[str],
+    moving: str,
+    fixed: str,
+    kind: str,
+    inverse: bool,
+    fill: float | None,
+    device: str | None,
+    output: str,
+) -> None:
+    target = load_image(fixed, frame=_first_frame(fixed))
+    scans = load_series(moving) if kind == "probability" else [load_image(moving)]
+    grids = grid_of(target), grid_of(scans[0])
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    image = torch.from_numpy(_stacked(scans, kind)).to(place)
+    lowest = float(image.min())
+    outside = fill if fill is not None else min(lowest, 0.0)
+    moved = apply_to_image(image, _load(paths, grids, inverse), *grids, kind=kind, fill=outside).cpu().numpy()
+    if kind == "probability" and len(moved) > 1:
+        save_series(output, list(moved), target.affine_3d)
+    else:
+        save_image(output, moved[0].astype(scans[0].array.dtype) if "label" in kind else moved[0], target.affine_3d)
+
+
+def _first_frame(path: str) -> int | None:
+    """Of a series only the grid is asked for, which all of its frames share."""
+    return 0 if len(load_series(path)) > 1 else None
+
+
+def _stacked(scans: Sequence[Scan], kind: str) -> np.ndarray:
+    """(C, *S) float32, or int32 for labels."""
+    arrays = np.stack([scan.array for scan in scans])
+    if "label" not in kind:
+        return arrays.astype(np.float32)
+    if not np.array_equal(arrays, np.round(arrays)):
+        raise ValueError(f"{scans[0].path} must hold whole numbers to be carried as --kind {kind}; is it an image?")
+    return arrays.astype(np.int32)
+
+
+def _carry_points(
+    path: str, transform: SpatialTransform, grids: tuple[Grid | None, ...], space: str, of: str, output: str
+) -> None:
+    table = load_points(path, transform.spatial_dims)
+    source, target = grids if of == "fixed" else tuple(reversed(grids))
+    partners = apply_to_points(to_ras(table.coordinates, space, source), transform, of)
+    save_points(output, table, from_ras(partners, space, target))
+
+
+if __name__ == "__main__":
+    import fire
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    fire.Fire(apply)
