@@ -42,8 +42,9 @@ logger = logging.getLogger(__name__)
 #: Formats and the ends of their files' names.
 FORMATS = {"ts": ".ts", "pt2": ".pt2", "onnx": ".onnx"}
 
-#: The first ONNX operator set whose ``GridSample`` knows volumes.
-OPSET = 20
+#: ONNX operator set for 2-D and 3-D: 20 is the first whose ``GridSample`` knows volumes, but PyTorch writes its planes in
+#: the words of older ones.
+OPSETS = {2: 18, 3: 20}
 
 _DEFAULT_SIZE = {2: (96, 96), 3: (48, 48, 48)}
 _LONGEST = 1024  # voxels along an axis of a program for any size
@@ -241,7 +242,7 @@ def _write_onnx(network: nn.Module, image: Tensor, path: Path, any_size: bool) -
         network,
         (image,),
         dynamo=True,
-        opset_version=OPSET,
+        opset_version=OPSETS[image.ndim - 2],
         input_names=["image"],
         output_names=["ddf"],
         dynamic_shapes=_dynamic(image) if any_size else None,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from common.networks.neighbourhood import correlate, correlate_backward, neighbour_offsets, row_slabs
+from common.networks.neighbourhood import correlate, correlate_backward, correlate_plainly, neighbour_offsets, row_slabs
+from common.spatial.exporting import exporting
 
 __all__ = ["vector_field_attention"]
 
@@ -47,6 +48,10 @@ def vector_field_attention(query: Tensor, key: Tensor, radius: int = 1) -> Tenso
             f"query must be (B, C, *S), 2-D or 3-D, and key {radius} wider on every side, "
             f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
+    if exporting():
+        offsets = neighbour_offsets(radius, query.ndim - 2, device=query.device).to(torch.float32)
+        scores = correlate_plainly(query.float() * query.shape[1] ** -0.5, key.float(), radius)
+        return torch.einsum("nd,bn...->bd...", offsets, scores.softmax(1))
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         result: Tensor = _Attention.apply(query, key, radius)
         return result

@@ -21,6 +21,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from common.spatial import resample_field
+from common.spatial.exporting import exporting
 
 __all__ = [
     "Encoder",
@@ -148,7 +149,7 @@ def pad_to_multiple(image: Tensor, multiple: int | Sequence[int]) -> Tensor:
     size = image.shape[2:]
     multiples = as_tuple(multiple, len(size), "multiple")
     missing = [-n % m for n, m in zip(size, multiples, strict=True)]
-    if not any(missing):
+    if not exporting() and not any(missing):
         return image
     return F.pad(image, [amount for m in reversed(missing) for amount in (0, m)], mode="replicate")
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
+from common.spatial.exporting import exporting
+
 __all__ = ["convolution", "convolve"]
 
 # PyTorch gives a float32 volume of one item and at most this many numbers in a plane across the last axis
@@ -51,6 +53,8 @@ def convolve(
     """
     if x.ndim == 4:
         return F.conv2d(x, weight, bias, stride, padding)
+    if exporting():
+        return F.conv3d(x, weight, bias, stride, padding)
     if x.device.type == "cpu" and x.shape[2:].numel() <= _TINY and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             exact = convolve(x.float(), weight, bias, stride=stride, padding=padding)

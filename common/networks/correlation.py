@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from common.networks.neighbourhood import correlate, correlate_backward, neighbour_offsets, row_slabs
+from common.networks.neighbourhood import (
+    correlate,
+    correlate_backward,
+    correlate_plainly,
+    neighbour_offsets,
+    row_slabs,
+    window,
+)
+from common.spatial.exporting import exporting
 
 __all__ = ["both_ways", "local_correlation"]
 
@@ -50,6 +59,9 @@ def local_correlation(a: Tensor, b: Tensor, radius: int = 1, padding: str = "zer
         raise ValueError(f"radius must not be negative, got {radius}")
     if padding not in _MODES:
         raise ValueError(f"padding must be one of {sorted(_MODES)}, got {padding!r}")
+    if exporting():
+        halo = F.pad(b.float(), (radius,) * (2 * (b.ndim - 2)), mode=_MODES[padding])
+        return (correlate_plainly(a.float(), halo, radius) * a.shape[1] ** -0.5).to(a.dtype)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         result: Tensor = _LocalCorrelation.apply(a, b, radius, _MODES[padding])
         return result
@@ -71,10 +83,12 @@ def both_ways(correlation: Tensor) -> Tensor:
     Raises:
         ValueError: when the number of channels is not that of a cube.
     """
-    dims = correlation.ndim - 2
-    side = round(correlation.shape[1] ** (1 / dims))
-    if side**dims != correlation.shape[1] or side % 2 == 0:
-        raise ValueError(f"{correlation.shape[1]} channels are not an odd number to the power of {dims}")
+    dims, channels = correlation.ndim - 2, int(correlation.shape[1])
+    side = round(channels ** (1 / dims))
+    if side**dims != channels or side % 2 == 0:
+        raise ValueError(f"{channels} channels are not an odd number to the power of {dims}")
+    if exporting():
+        return _exchange_plainly(correlation, side // 2)
     if torch.is_grad_enabled() and correlation.requires_grad:
         result: Tensor = _BothWays.apply(correlation, side // 2)
         return result
@@ -128,6 +142,15 @@ def _exchange(correlation: Tensor, radius: int) -> Tensor:
             target = target.narrow(axis, min(max(-step, 0), size), count)
         target.copy_(source)
     return result
+
+
+def _exchange_plainly(correlation: Tensor, radius: int) -> Tensor:
+    """The same as :func:`_exchange`, without writing into parts of a tensor."""
+    wide = F.pad(correlation, (radius,) * (2 * (correlation.ndim - 2)))
+    reverse = reversed(wide.unbind(1))
+    offsets = itertools.product(range(-radius, radius + 1), repeat=correlation.ndim - 2)
+    windows = [window(one, offset, radius) for one, offset in zip(reverse, offsets, strict=True)]
+    return torch.stack(windows, dim=1)
 
 
 class _LocalCorrelation(torch.autograd.Function):

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.networks.recorded_inversion import recorded_inversion
+from common.spatial.exporting import exporting
 from common.spatial.grid import as_field
 from common.spatial.sampling import padding_code, sample_backward, sample_forward
 
@@ -143,6 +145,8 @@ def invert_implicit(
         UserWarning: when an item did not converge; it says how far it came.
     """
     displacement, code = as_field(displacement, "displacement"), padding_code(padding)
+    if exporting():
+        return FixedPoint(*recorded_inversion(displacement, tolerance, max_iterations, padding))
     field = displacement.detach()
 
     def right_hand_side(inverse: Tensor, items: Tensor) -> Tensor:

@@ -18,13 +18,14 @@ are views of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["correlate", "correlate_backward", "neighbour_offsets", "row_slabs"]
+__all__ = ["correlate", "correlate_backward", "correlate_plainly", "neighbour_offsets", "row_slabs", "window"]
 
 # Bytes a slab may take in all: about a CPU's second-level cache; few launches on another device.
 _CPU_SLAB, _DEVICE_SLAB = 2**21, 2**26
@@ -67,6 +68,20 @@ def correlate(a: Tensor, halo: Tensor, radius: int) -> Tensor:
     for channel in range(a.shape[1]):
         total.addcmul_(first[:, channel].view(len(a), *ones, length), windows[:, channel])
     return _crop(flat.view(len(a), -1, a.shape[2], *halo.shape[3:]), a.shape[2:])
+
+
+def correlate_plainly(a: Tensor, halo: Tensor, radius: int) -> Tensor:
+    """:func:`correlate` of whole maps in plain operations, for networks that are exported."""
+    offsets = itertools.product(range(-radius, radius + 1), repeat=a.ndim - 2)
+    return torch.stack([(a * window(halo, offset, radius)).sum(1) for offset in offsets], dim=1)
+
+
+def window(halo: Tensor, offset: Sequence[int], radius: int) -> Tensor:
+    """The voxels at an offset from those of a map, out of the map with its halo (..., *S + 2r): (..., *S)."""
+    first = halo.ndim - len(offset)
+    for axis, step in enumerate(offset, start=first):
+        halo = halo.narrow(axis, radius + step, halo.shape[axis] - 2 * radius)
+    return halo
 
 
 def correlate_backward(gradient: Tensor, a: Tensor, halo: Tensor, radius: int) -> tuple[Tensor, Tensor]:

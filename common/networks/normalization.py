@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from common.networks.blocks import InstanceNorm
+from common.spatial.exporting import exporting
 
 __all__ = ["normalize_and_activate"]
 
@@ -50,7 +51,7 @@ def normalize_and_activate(*branches: tuple[Tensor, InstanceNorm], slope: float,
         if norm.weight is None or norm.bias is None:
             raise ValueError("the norm of every branch must be affine")
         inputs += [x, norm.weight, norm.bias]
-    if inputs[0].shape[2:].numel() == 1:
+    if inputs[0].shape[2:].numel() == 1 or exporting():
         # All that is left of one voxel is the shift, which statistics would only give up to rounding.
         return F.leaky_relu(torch.stack([norm(x) for x, norm in branches]).sum(0), slope)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.networks.convolution import convolve
+from common.spatial.exporting import exporting
 
 if TYPE_CHECKING:
     from common.networks.blocks import InstanceNorm
@@ -42,7 +43,9 @@ _EPSILON = 1e-5  # of F.instance_norm
 
 def is_large(x: Tensor, channels: int) -> bool:
     """Whether a map of so many channels on the grid of x (B, C, *S) is worth slabs: no gradient, and more than one."""
-    return not torch.is_grad_enabled() and x[:, :1].numel() * channels > _most(x.device)
+    if torch.is_grad_enabled() or exporting():
+        return False
+    return x[:, :1].numel() * channels > _most(x.device)
 
 
 def convolve_by_slabs(layer: nn.Module, read: Reader, size: Sequence[int]) -> Tensor:
