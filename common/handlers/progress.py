@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 
 from ignite.engine import Engine, Events
 from tqdm import tqdm
@@ -30,7 +31,8 @@ class LossProgressBar:
     """Show how far an epoch is, with the means since its start of the total and of each loss, or of each metric.
 
     On a terminal this is a tqdm bar. Elsewhere (a log file, a job's output) a line is logged at the end of each epoch
-    and at most every ``line_seconds`` within it. Only the first rank shows anything.
+    and at most every ``line_seconds`` within it. Attach it on every rank: the line of an epoch has means over all ranks,
+    what is shown within it those of the first, which alone shows anything.
 
     Args:
         name: what is being done, such as ``"train"`` or ``"validate"``.
@@ -58,8 +60,6 @@ class LossProgressBar:
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer or an evaluator."""
-        if not is_first_rank():
-            return
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
@@ -69,28 +69,30 @@ class LossProgressBar:
         self._means.reset()
         self._shown = time.monotonic()
         self._close()  # of a run that ended with an error
-        if self.terminal:
+        if self.terminal and is_first_rank():
             self._bar = tqdm(total=engine.state.epoch_length, desc=self._title(engine), leave=False, dynamic_ncols=True)
 
     def _step(self, engine: Engine) -> None:
         self._means.update(measurements(engine_output(engine)))
         if self._bar is not None:
             self._bar.update()
-        if time.monotonic() - self._shown >= self.pause:
+        if is_first_rank() and time.monotonic() - self._shown >= self.pause:
             self._shown = time.monotonic()
             self._show(engine)
 
     def _show(self, engine: Engine) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(self._numbers(), refresh=True)
+            self._bar.set_postfix_str(_listed(self._means.compute()), refresh=True)
         else:
             length = engine.state.epoch_length or 0
             done = engine.state.iteration - (engine.state.epoch - 1) * length
-            logger.info("%s %d/%d: %s", self._title(engine), done, length, self._numbers())
+            logger.info("%s %d/%d: %s", self._title(engine), done, length, _listed(self._means.compute()))
 
     def _finish(self, engine: Engine) -> None:
         self._close()
-        logger.info("%s: %s", self._title(engine), self._numbers())
+        means = self._means.compute(all_ranks=True)
+        if is_first_rank():
+            logger.info("%s: %s", self._title(engine), _listed(means))
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -100,5 +102,6 @@ class LossProgressBar:
     def _title(self, engine: Engine) -> str:
         return f"{self.name} epoch {engine.state.epoch}/{engine.state.max_epochs}"
 
-    def _numbers(self) -> str:
-        return ", ".join(f"{name} {value:.4g}" for name, value in self._means.compute().items())
+
+def _listed(means: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in means.items())
