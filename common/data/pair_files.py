@@ -276,6 +276,6 @@ def _labels(pairs: list[Entry]) -> list[int]:
 
 def _require_some_files(cohort: Cohort, listed: list[Entry]) -> None:
     """A folder in which nothing is found is the wrong one: say where to get the data."""
-    files = [pair[role] for pair in listed for role in ("moving", "fixed")]
+    files = list(dict.fromkeys(pair[role] for pair in listed for role in ("moving", "fixed")))
     if not any(os.path.isfile(path) for path in files):
         require_files(cohort.name, files, cohort.dataset_dir, cohort.meta)

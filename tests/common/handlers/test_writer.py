@@ -22,7 +22,7 @@ import torch
 from ignite.engine import Engine
 
 from common.handlers import RegistrationWriter
-from common.io import GridError, load_field, load_image
+from common.io import GridError, PairFolders, load_field, load_image
 
 SHAPE = (9, 8, 7)
 
@@ -147,3 +147,46 @@ def test_the_picture_compares_scans_of_different_range(pair: dict[str, Any], tmp
     plain, bright = (matplotlib.image.imread(tmp_path / name / "registration.png") for name in ("plain", "bright"))
     assert plain.shape == bright.shape
     assert np.abs(plain - bright).mean() < 0.01
+
+
+def write_listed(folder: Path, listed: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The output of an evaluator of a list, after the writer has seen it."""
+    grids = {name: torch.eye(4, dtype=torch.float64)[None] for name in ("fixed_affine", "moving_affine")}
+    names = {"moving_id": ["a"], "fixed_id": ["b"], "id": ["x"]}
+    engine = Engine(lambda engine, batch: {**names, "metrics": {"ndv": torch.tensor([[0.5]])}, **grids, **more})
+    RegistrationWriter(folder, [listed], folders=PairFolders(folder)).attach(engine)
+    engine.run([0])
+    output: dict[str, Any] = engine.state.output  # type: ignore[assignment]
+    return output
+
+
+def test_a_pair_of_a_list_gets_its_folder_complete_at_the_end(
+    pair: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, folders = {**pair, "id": "x"}, PairFolders(tmp_path / "out")
+    ddf = torch.zeros(1, 3, *SHAPE)
+    assert "error" not in write_listed(tmp_path / "out", listed, ddf=ddf)
+    assert folders.complete(listed) and (tmp_path / "out/x/moved_label.nii.gz").exists()
+    assert not (tmp_path / "out/moved.nii.gz").exists()
+    # A pair that was registered before is left alone; one that fails now has no results any more.
+    assert "error" not in write_listed(tmp_path / "out", listed) and folders.complete(listed)
+    write_listed(tmp_path / "out", listed, error=["no image"])
+    assert not folders.complete(listed)
+
+    def draw(*arguments: Any, **options: Any) -> None:
+        assert not folders.complete(listed)
+        raise ValueError("nothing to draw")
+
+    folders.finish(listed, {})
+    monkeypatch.setattr("common.handlers.writer.registration_figure", draw)
+    assert write_listed(tmp_path / "out", listed, ddf=ddf)["error"] == ["nothing to draw"]
+    assert not folders.complete(listed)
+
+
+def test_a_full_disk_ends_a_list(pair: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*arguments: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("common.handlers.writer.save_image", save)
+    with pytest.raises(OSError, match="no space left"):
+        write_listed(tmp_path / "out", {**pair, "id": "x"}, ddf=torch.zeros(1, 3, *SHAPE))
