@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 #: Formats and the ends of their files' names.
 FORMATS = {"ts": ".ts", "pt2": ".pt2", "onnx": ".onnx"}
 
-#: ONNX operator set for 2-D and 3-D: 20 is the first whose ``GridSample`` knows volumes, but PyTorch writes its planes in
-#: the words of older ones.
+#: ONNX operator set for 2-D and 3-D: 20 is the first whose ``GridSample`` knows volumes; PyTorch writes planes in the
+#: words of older ones.
 OPSETS = {2: 18, 3: 20}
 
 _DEFAULT_SIZE = {2: (96, 96), 3: (48, 48, 48)}
@@ -92,7 +92,7 @@ def export_network(
     spatial_size: Sequence[int] | None = None,
     *,
     channels: int = 2,
-    any_size: bool | None = None,
+    any_size: bool = False,
     tolerance: float = 1e-3,
 ) -> Exported:
     """Export a registration network, and compare the file with it on random images.
@@ -103,7 +103,7 @@ def export_network(
         format: "ts", "pt2", "onnx", or "auto" for what the file's name ends in.
         spatial_size: the size to export at; 96 voxels an axis of a plane, 48 of a volume by default.
         channels: of both images together.
-        any_size: whether the program has to take other sizes too; None for when it is possible.
+        any_size: have the program take other sizes too, which not every network allows.
         tolerance: largest difference that is no failure, in voxels, and relative where displacements exceed one voxel.
 
     Raises:
@@ -118,15 +118,7 @@ def export_network(
     if any_size and format == "ts":
         raise ValueError("a traced program (ts) takes one size only; choose 'pt2' or 'onnx', or any_size=False")
     network = network.cpu().eval()
-    attempts = [False] if format == "ts" else [True, False] if any_size is None else [any_size]
-    for attempt in attempts:
-        try:
-            return _export_and_compare(network, path, format, size, channels, attempt, tolerance)
-        except ExportError as error:
-            if attempt == attempts[-1]:
-                raise
-            logger.info("%s takes one size only: %s", path, str(error).splitlines()[0][:300])
-    raise AssertionError("unreachable")
+    return _export_and_compare(network, path, format, size, channels, any_size, tolerance)
 
 
 def _export_and_compare(
@@ -139,9 +131,9 @@ def _export_and_compare(
         written = Path(folder) / path.name
         try:
             _WRITERS[format](network, image, written, any_size)
+            program = open_program(written, format)
         except Exception as error:
             raise ExportError(f"{type(network).__name__} cannot be exported as {format}: {error}") from error
-        program = open_program(written, format)
         differences, seconds, magnitude = {}, [], 0.0
         for one in sizes:
             difference, largest, times = _compare(network, program, random_pair(one, channels, seed=1))
@@ -343,7 +335,7 @@ def main(
     format: str = "auto",
     output: str | None = None,
     spatial_size: Sequence[int] | None = None,
-    any_size: bool | None = None,
+    any_size: bool = False,
     tolerance: float = 1e-3,
     **options: Any,
 ) -> None:
@@ -353,8 +345,8 @@ def main(
         bundle: its name.
         format: "ts", "pt2" or "onnx"; by default what the output's name ends in, and "pt2" without one.
         output: the file; ``runs/<bundle>/network.<format>`` by default.
-        spatial_size: such as "[160, 192, 160]"; the program takes this size, or any where it can.
-        any_size: True when it has to take any size, False when it need not.
+        spatial_size: such as "[160, 192, 160]", which the program then takes.
+        any_size: have it take other sizes too, which not every network allows.
         tolerance: largest difference between network and file, in voxels.
         options: any option of the bundle's ``inference.json``, such as ``checkpoint``.
     """
