@@ -135,7 +135,8 @@ def test_a_training_is_tracked(bundle: str, name: str, repository: Path, cache: 
         assert values[max(epochs)] == pytest.approx(table_mean(tmp_path, metric), rel=1e-4, abs=1e-6, nan_ok=True), (
             metric
         )
-    assert history(tmp_path, run, "lr_group_0")[1] == pytest.approx(float(run.data.params["learning_rate"]))
+    # A schedule that steps by iterations has done so when the rate is logged.
+    assert 0 < history(tmp_path, run, "lr_group_0")[1] <= float(run.data.params["learning_rate"])
 
 
 @pytest.mark.parametrize("bundle", sorted(EVALUATIONS))
