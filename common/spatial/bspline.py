@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.spatial.exporting import exporting
 from common.spatial.grid import as_field
 
 __all__ = ["bspline_displacement", "contraction_bound", "cubic_bspline"]
@@ -121,25 +122,29 @@ def _outer(factors: list[Tensor]) -> Tensor:
 def _along(points: Tensor, axis: int, factor: int, size: int) -> Tensor:
     """Evaluate the spline along one spatial axis."""
     if factor == 1 and size == points.shape[2 + axis]:
-        smoothed: Tensor = _Smooth.apply(points, 2 + axis)
+        smoothed: Tensor = _smooth_plainly(points, 2 + axis) if exporting() else _Smooth.apply(points, 2 + axis)
         return smoothed
-    matrix = _matrix(points.shape[2 + axis], factor, size).to(points)
+    # While sizes are left open there is nothing to keep.
+    matrix = (_matrix if exporting() else _kept_matrix)(points.shape[2 + axis], factor, size).to(points)
     if axis == points.dim() - 3:
         return points @ matrix.T
     before, after = points.shape[: 2 + axis], points.shape[3 + axis :]
     return (matrix @ points.reshape(*before, points.shape[2 + axis], -1)).reshape(*before, size, *after)
 
 
-@lru_cache(maxsize=64)
 def _matrix(count: int, factor: int, size: int) -> Tensor:
     """(size, count): the weight of every control point in every voxel, those outside added to the outermost."""
     position = (torch.arange(size, dtype=torch.float64) + 0.5) / factor - 0.5
-    matrix = torch.zeros(size, count, dtype=torch.float64)
+    number = torch.arange(count, dtype=torch.float64)
+    matrix = torch.zeros((), dtype=torch.float64)
     for offset in range(-1, 3):
         control = position.floor() + offset
-        index = control.clamp(0, count - 1).long()[:, None]
-        matrix.scatter_add_(1, index, cubic_bspline(position - control)[:, None])
+        column = control.clamp(0, count - 1)[:, None] == number
+        matrix = matrix + column * cubic_bspline(position - control)[:, None]
     return matrix
+
+
+_kept_matrix = lru_cache(maxsize=64)(_matrix)
 
 
 class _Smooth(torch.autograd.Function):
@@ -165,3 +170,10 @@ def _smooth(points: Tensor, dim: int) -> Tensor:
         result.narrow(dim, 1, count - 1).add_(points.narrow(dim, 0, count - 1), alpha=1 / 6)
         result.narrow(dim, 0, count - 1).add_(points.narrow(dim, 1, count - 1), alpha=1 / 6)
     return result
+
+
+def _smooth_plainly(points: Tensor, dim: int) -> Tensor:
+    """:func:`_smooth` without writing into parts of a tensor, for networks that are exported."""
+    count = points.shape[dim]
+    wide = torch.cat([points.narrow(dim, 0, 1), points, points.narrow(dim, count - 1, 1)], dim)
+    return points * (2 / 3) + (wide.narrow(dim, 0, count) + wide.narrow(dim, 2, count)) * (1 / 6)
