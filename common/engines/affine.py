@@ -24,14 +24,14 @@ from torch import Tensor
 from common.engines.affine_groups import KINDS, generators
 from common.engines.affine_objective import SIMILARITIES, Objective
 from common.engines.affine_pyramid import Level, levels, prepare
-from common.engines.affine_starts import guesses
+from common.engines.affine_starts import distinct, guesses
 from common.engines.quasi_newton import minimise
 
 __all__ = ["AffineResult", "AffineStage", "register_affine"]
 
 logger = logging.getLogger(__name__)
 
-_FOLLOWED = 3  # guesses that are followed up
+_FOLLOWED = 4  # guesses that are followed up
 _TRIAL_STEPS = 8  # on each of them before the best is chosen
 _LONGEST, _SHORTEST = 2.0, 0.02  # of a step, in voxels of the level at the corners of the fixed foreground
 
@@ -41,7 +41,7 @@ class AffineStage:
     """One step of the way.
 
     Attributes:
-        kind: of the map: "centre", "rigid", "similarity" or "affine".
+        kind: of the map: "centre", "rigid", "similarity" or "affine"; "start" for the best of the first guesses.
         size: of the level's voxels in mm.
         matrix: (d+1, d+1) float64, world of the fixed to world of the moving scan.
         similarity: at the level.
@@ -87,7 +87,7 @@ def register_affine(
     fixed_affine: Tensor | np.ndarray,
     *,
     kind: str = "affine",
-    similarity: str = "lncc",
+    similarity: str = "ncc",
     moving_mask: Tensor | None = None,
     fixed_mask: Tensor | None = None,
     finest: float | None = None,
@@ -219,10 +219,11 @@ class _Registration:
         tried = [(objective(matrix), matrix) for matrix in guesses(pair, scaled=scaled, headers=not apart)]
         # The order of equals is that of the guesses, the plainest first.
         tried.sort(key=lambda guess: -guess[0])
-        followed = [self._descend("rigid", 0, matrix, _TRIAL_STEPS) for _, matrix in tried[:_FOLLOWED]]
+        chosen = distinct([matrix for _, matrix in tried], pair, _FOLLOWED)
+        followed = [self._descend("rigid", 0, matrix, _TRIAL_STEPS) for matrix in chosen]
         matrix, value, _ = max(followed, key=lambda end: end[1])
         count = len(tried) + sum(evaluations for _, _, evaluations in followed)
-        self._finish("centre", 0, matrix, value, count, began)
+        self._finish("start", 0, matrix, value, count, began)
 
     def _descend(self, kind: str, level: int, matrix: np.ndarray, steps: int) -> tuple[np.ndarray, float, int]:
         """The best map of a kind that is reached from a map at a level, its similarity, and the evaluations it took."""

@@ -44,7 +44,7 @@ def generators(kind: str, dims: int) -> np.ndarray:
     if kind != "centre":
         found += [_unit(dims, j, i) - _unit(dims, i, j) for i, j in itertools.combinations(range(dims), 2)]
     if kind == "similarity":
-        found.append(sum(_unit(dims, k, k) for k in range(dims)))
+        found.append(np.diag([1.0] * dims + [0.0]))
     if kind == "affine":
         found += [_unit(dims, k, k) for k in range(dims)]
         found += [_unit(dims, j, i) + _unit(dims, i, j) for i, j in itertools.combinations(range(dims), 2)]

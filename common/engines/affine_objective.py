@@ -34,7 +34,7 @@ __all__ = ["SIMILARITIES", "Objective"]
 SIMILARITIES = ("lncc", "ncc", "mi", "mse")
 
 _WINDOW = 5  # voxels of the level along the side of the windows of "lncc"
-_EPS = 1e-5  # of its denominators, for images in [0, 1]
+_EPS = 1e-3  # of its denominators, for images in [0, 1]
 
 
 class Objective:
@@ -70,13 +70,13 @@ class Objective:
         mean = (self.fixed * mask).sum() / self.whole
         self.energy = (self.fixed - mean) ** 2 * mask  # what "mse" can explain
         if self.similarity == "lncc":
-            self.loss = LNCC(_WINDOW, eps=_EPS, border="inside")
+            self.loss: LNCC | GlobalNCC | MSE = LNCC(_WINDOW, eps=_EPS, border="inside")
             variance = _local_variance(self.fixed)
             # How much of a window's correlation with itself the floor leaves.
             self.structure = float((variance**2 / (variance**2 + _EPS) * mask).sum())
             self.slope_weight = mask * variance / (variance**2 + _EPS)
         else:
-            self.loss = {"ncc": GlobalNCC(), "mse": MSE(), "mi": None}[self.similarity]
+            self.loss = MSE() if self.similarity == "mse" else GlobalNCC()
 
     def __call__(self, matrix: np.ndarray) -> float:
         """The similarity under a map (d+1, d+1), world of fixed to world of moving."""

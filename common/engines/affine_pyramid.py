@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -181,7 +181,7 @@ def _pooled(side: Side, size: float) -> Side:
     affine[:-1, -1] += side.affine[:-1, :-1] @ ((np.array(counts) - 1) / 2)
     affine[:-1, :-1] *= np.array(counts)
     mask = None if side.mask is None else _pool(side.mask, counts)
-    image, foreground = _pool(side.image, counts), _pool(side.foreground, counts)
+    image, foreground = _inside(side.image, side.mask, lambda v: _pool(v, counts)), _pool(side.foreground, counts)
     return replace(side, image=image, affine=affine, mask=mask, foreground=foreground)
 
 
@@ -195,12 +195,22 @@ def _pool(image: Tensor, counts: Sequence[int]) -> Tensor:
 
 def _smoothed(side: Side, size: float) -> Side:
     """The image smoothed alike in all directions, which voxels coarser than the level's are already."""
-    image = side.image
-    for axis, spacing in enumerate(np.linalg.norm(side.affine[:-1, :-1], axis=0), start=2):
-        sigma = _SMOOTH * size / float(spacing)
-        if sigma > 0.25 and image.shape[axis] > 1:
-            image = _gaussian(image, sigma, axis)
-    return replace(side, image=image)
+    sigmas = [_SMOOTH * size / float(spacing) for spacing in np.linalg.norm(side.affine[:-1, :-1], axis=0)]
+
+    def smooth(values: Tensor) -> Tensor:
+        for axis, sigma in enumerate(sigmas, start=2):
+            if sigma > 0.25 and values.shape[axis] > 1:
+                values = _gaussian(values, sigma, axis)
+        return values
+
+    return replace(side, image=_inside(side.image, side.mask, smooth))
+
+
+def _inside(image: Tensor, mask: Tensor | None, average: Callable[[Tensor], Tensor]) -> Tensor:
+    """Averages of what the mask holds: beyond it may be anything, and must not be smeared over the border."""
+    if mask is None:
+        return average(image)
+    return average(image * mask) / average(mask).clamp_min(1e-6)
 
 
 def _gaussian(image: Tensor, sigma: float, axis: int) -> Tensor:

@@ -13,17 +13,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from common.engines.affine_groups import rotation
 from common.engines.affine_pyramid import Level
 
-__all__ = ["guesses"]
+__all__ = ["distinct", "guesses"]
 
 # Radians about each axis. Heads are turned by up to 45 degrees, and a descent finds its way over some 20.
 _ANGLES = {2: (0.0, -0.3, 0.3, -0.6, 0.6, -0.9, 0.9), 3: (0.0, -0.6, 0.6)}
+_NEIGHBOURS = 0.7  # radians between two rotations that lead to the same optimum
 _SCALES = (0.67, 1.5)  # of which the spread of the foregrounds may make use
 
 
@@ -54,3 +55,29 @@ def guesses(pair: Level, *, scaled: bool, headers: bool) -> Iterator[np.ndarray]
             matrix[:-1, :-1] = scale * rotation(np.array(turn), dims)
             matrix[:-1, -1] = place - matrix[:-1, :-1] @ pair.fixed.centre
             yield matrix
+
+
+def distinct(ranked: Sequence[np.ndarray], pair: Level, count: int) -> list[np.ndarray]:
+    """The best guesses of which no two are neighbours: those around one false optimum would crowd the true one out.
+
+    Args:
+        ranked: maps, the best first.
+        pair: the scans.
+        count: how many to choose at most.
+    """
+    chosen: list[np.ndarray] = []
+    for matrix in ranked:
+        if len(chosen) < count and not any(_near(matrix, other, pair) for other in chosen):
+            chosen.append(matrix)
+    return chosen
+
+
+def _near(first: np.ndarray, second: np.ndarray, pair: Level) -> bool:
+    """Whether two guesses send the fixed centre to about the same place, turned by about the same rotation."""
+    change = first - second
+    shift = change[:-1, :-1] @ pair.fixed.centre + change[:-1, -1]
+    dims = len(shift)
+    product = first[:-1, :-1].T @ second[:-1, :-1]
+    product /= abs(np.linalg.det(product)) ** (1 / dims)
+    cosine = (np.trace(product) - (dims - 2)) / 2
+    return bool(cosine > np.cos(_NEIGHBOURS) and np.linalg.norm(shift) < 0.5 * pair.moving.radius)
