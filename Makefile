@@ -8,12 +8,13 @@ SSL := bundles/ssl_pretrain/configs
 PYRAMID := bundles/dual_stream_pyramid/configs
 DEMO ?= runs/demo
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench zips clean
 
 help:
 	@echo "make demo   set up, pretrain on random images, fine-tune, register two scans (under 3 minutes on two cores, and the set-up)"
 	@echo "make test   set up and run the test suite"
 	@echo "make lint   style and types"
+	@echo "make zips   pack every bundle into dist/, with its sha256"
 	@echo "make bench  time and memory of the core, side by side with MONAI's"
 
 setup: $(STAMP)
@@ -50,5 +51,8 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+zips: setup
+	$(BIN)/python -m common.package all --output dist
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build dist *.egg-info
