@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.spatial.grid import plain as plain
+
 
 def full_precision(device: torch.device) -> torch.autocast:
     """A context in which autocast leaves tensors on ``device`` alone: half precision loses small differences."""
@@ -27,11 +29,6 @@ def as_float(tensor: Tensor) -> Tensor:
     """The plain tensor as float32, or in float64 when it is that."""
     tensor = plain(tensor)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor without MONAI's meta data, which would ride along into every result and slow each step."""
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 def check_images(name: str, moved: Tensor, fixed: Tensor, mask: Tensor | None = None) -> None:

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.spatial.exporting import exporting
+
 __all__ = ["channels_last", "convolve_leaky"]
 
 _UNFOLDED = 20480  # numbers in B, C and all axes but the last, up to which PyTorch takes the loop
@@ -29,7 +31,7 @@ _UNFOLDED = 20480  # numbers in B, C and all axes but the last, up to which PyTo
 
 def channels_last(x: Tensor) -> Tensor:
     """(B, C, *S) with its channels last in memory on a CPU, as it is elsewhere."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or exporting():
         return x
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
@@ -47,6 +49,8 @@ def convolve_leaky(conv: nn.Conv2d | nn.Conv3d, x: Tensor, slope: float) -> Tens
     """
     if x.ndim == 4:
         return _leaky(F.conv2d(x, conv.weight, conv.bias, padding=1), slope)
+    if exporting():
+        return _leaky(F.conv3d(x, conv.weight, conv.bias, padding=1), slope)
     alone = len(x) == 1 and x.shape[2] > 1 and x.shape[:-1].numel() <= _UNFOLDED
     if not (alone and x.device.type == "cpu" and x.dtype == torch.float32):
         return _leaky(F.conv3d(x, conv.weight, conv.bias, padding=1), slope)

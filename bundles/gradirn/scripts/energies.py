@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from common.losses import LNCC, MSE, GlobalNCC
 from common.losses.checks import check_choice, check_positive
 from common.losses.windows import Kernel, window_sums
+from common.spatial.exporting import exporting
 
 __all__ = ["ENERGIES", "Energy", "LocalCorrelation", "GlobalCorrelation", "SquaredDifference", "build_energy"]
 
@@ -136,8 +137,12 @@ class LocalCorrelation(Energy):
 
     def _sum(self, maps: Tensor) -> Tensor:
         """Sums over the part of every box that lies inside the image, (K, N, *S)."""
-        result: Tensor = _BoxSum.apply(maps, self.kernel)
+        result: Tensor = (_box_sum if exporting() else _BoxSum.apply)(maps, self.kernel)
         return result
+
+
+def _box_sum(maps: Tensor, kernel: Kernel) -> Tensor:
+    return window_sums(F.pad(maps, (kernel.radius,) * (2 * (maps.ndim - 2))), kernel)
 
 
 class _BoxSum(torch.autograd.Function):
@@ -146,7 +151,7 @@ class _BoxSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, kernel: Kernel) -> Tensor:
         ctx.kernel = kernel
-        return window_sums(F.pad(maps, (kernel.radius,) * (2 * (maps.ndim - 2))), kernel)
+        return _box_sum(maps, kernel)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.spatial.exporting import exporting
+
 __all__ = ["value_and_slopes"]
 
 _Axes = tuple[int, ...]
@@ -44,7 +46,7 @@ def value_and_slopes(image: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         the values (B, C, *S) and the slopes (B, C, d, *S), channel k along array axis k.
     """
-    if torch.is_grad_enabled() and (image.requires_grad or ddf.requires_grad):
+    if torch.is_grad_enabled() and (image.requires_grad or ddf.requires_grad) and not exporting():
         value, slopes = _ValueAndSlopes.apply(image, ddf)
         return value, slopes
     return _forward(image, ddf)
