@@ -110,7 +110,7 @@ def export_network(
         ValueError: on an unknown format or a size that does not fit.
         ExportError: when the exporter fails or the program computes something else.
     """
-    path, format = Path(path), _format_of(path, format)
+    path, format = Path(path), _format_of(Path(path), format)
     dims = int(getattr(network, "spatial_dims", len(spatial_size or ())))
     size = tuple(spatial_size or _DEFAULT_SIZE[dims])
     if len(size) != dims or min(size) < 1:
