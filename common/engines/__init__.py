@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from common.engines.affine import AffineResult, AffineStage, register_affine
 from common.engines.detailed_measures import detailed_measures
 from common.engines.evaluator import RegistrationEvaluator
 from common.engines.measures import standard_measures
@@ -23,6 +24,8 @@ from common.engines.trainer import NonFiniteLossError, RegistrationTrainer, prep
 from common.engines.values import PairValues, stack_pair
 
 __all__ = [
+    "AffineResult",
+    "AffineStage",
     "FieldsModule",
     "NonFiniteLossError",
     "PairValues",
@@ -36,6 +39,7 @@ __all__ = [
     "leave_ranks",
     "load_pretrained_encoder",
     "prepare_pair",
+    "register_affine",
     "seed_everything",
     "stack_pair",
     "standard_measures",

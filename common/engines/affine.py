@@ -111,8 +111,9 @@ def register_affine(
         moving_affine: (d+1, d+1), voxel to world, RAS mm, of any orientation and spacing.
         fixed_affine: the same of the fixed scan.
         kind: "centre" (the centres of mass, nothing else), "rigid", "similarity" (rigid and one scale) or "affine".
-        similarity: "ncc" (correlation, squared), "lncc" (local correlation, squared), "mi" (mutual information) or
-            "mse".
+        similarity: "ncc" (correlation, squared: the most accurate and the fastest for one contrast), "mi" (mutual
+            information, for different contrasts), "lncc" (local correlation, squared: stands uneven brightness, but
+            sees little of a scale near 1) or "mse".
         moving_mask: (1, 1, *Sm); only what is not 0 counts.
         fixed_mask: (1, 1, *Sf); only what is not 0 counts.
         finest: voxel size in mm of the last level. The default bounds the number of voxels, so large scans are not

@@ -289,6 +289,15 @@ def test_losing_overlap_is_never_rewarded() -> None:
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_a_perfect_match_on_less_overlap_is_worth_less(similarity: str) -> None:
+    stripes = (1 + torch.sin(torch.arange(64.0) * torch.pi / 8)).view(1, 1, 64, 1).expand(1, 1, 64, 40)
+    side = prepare(stripes, np.eye(3), None, "fixed")
+    objective = Objective(levels(side, side)[-1], similarity)
+    whole, part = objective(np.eye(3)), objective(world_map(np.eye(2), (16.0, 0.0)))
+    assert part == pytest.approx(0.75 * whole, rel=0.1)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("dims", [2, 3])
 def test_slopes_are_those_of_the_loss(dims: int, similarity: str) -> None:
     shape, affine = FIXED[dims]
