@@ -20,29 +20,29 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from nibabel.affines import voxel_sizes
-from nibabel.orientations import apply_orientation, io_orientation
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.handlers.views import (
+    FOLD_COLOUR,
+    GRID_COLOUR,
+    JACOBIAN_COLOURS,
+    LABEL_COLOURS,
+    PLANE_NAMES,
+    PLANE_SIDES,
+    first_channel,
+    to_array,
+    to_ras,
+)
 from common.spatial import jacobian_determinant
 
 __all__ = ["FOLD_COLOUR", "GRID_COLOUR", "LABEL_COLOURS", "figure_to_array", "registration_figure"]
 
 Array = NDArray[Any]
 
-# Distinct on grey, and none of them the red of a fold.
-LABEL_COLOURS = ("#ffd92f", "#4cc9f0", "#7bd389", "#f78fb3", "#b39ddb", "#ffb074", "#e8e8e8", "#00b4a0")
-FOLD_COLOUR = "#ff0000"
-GRID_COLOUR = "#4cc9f0"
-
-# Dark where nothing changes, so that the panel does not outshine the images beside it.
-_JACOBIAN_COLOURS = LinearSegmentedColormap.from_list(
-    "shrink_grow", ["#d9b3ff", "#8040c0", "#141414", "#1f9e57", "#a6f5c4"]
-)
 _TITLES = {
     "moving": "moving",
     "fixed": "fixed",
@@ -54,9 +54,6 @@ _TITLES = {
 }
 # Panels that are drawn where a network gives such a map: title, colours.
 _MAPS = {"weight": ("weight map", "viridis"), "uncertainty": ("uncertainty", "inferno")}
-_PLANE_NAMES = ("sagittal", "coronal", "axial")
-# What lies at the left, right, bottom and top of each plane, seen as radiologists do: the patient's right on the left.
-_PLANE_SIDES = (("A", "P", "I", "S"), ("R", "L", "I", "S"), ("R", "L", "P", "A"))
 
 # Inches.
 _WIDTH, _GAP, _LEFT, _HEAD, _TITLE, _FOOT = 2.1, 0.06, 0.32, 0.28, 0.32, 0.62
@@ -140,22 +137,22 @@ def registration_figure(
     Raises:
         ValueError: when the field has another form.
     """
-    field = _array(ddf)
+    field = to_array(ddf)
     if field.ndim > 3 and field.shape[0] == 1 and field.shape[1] == field.ndim - 2:
         field = field[0]
     dims = field.shape[0]
     if dims not in (2, 3) or field.ndim != dims + 1:
         raise ValueError(f"ddf must be (d, *S) with d = 2 or 3 spatial axes, got {tuple(ddf.shape)}")
     given = {"moving": moving_label, "fixed": fixed_label, "moved": moved_label}
-    labels = {name: _volume(label, field.shape[1:]) for name, label in given.items() if label is not None}
+    labels = {name: first_channel(label, field.shape[1:]) for name, label in given.items() if label is not None}
     images = {"moving": moving, "fixed": fixed, "moved": moved}
     maps = {"weight": weight_map, "uncertainty": uncertainty}
     images |= {name: image for name, image in maps.items() if image is not None}
-    volumes = {name: _volume(image, field.shape[1:]) for name, image in images.items()}
+    volumes = {name: first_channel(image, field.shape[1:]) for name, image in images.items()}
     millimetres = np.ones(dims) * np.asarray(1.0 if spacing is None else spacing, dtype=float)
     anatomical = affine is not None and dims == 3
     if anatomical:
-        volumes, labels, field, millimetres = _to_ras(volumes, labels, field, np.asarray(affine, dtype=float))
+        volumes, labels, field, millimetres = to_ras(volumes, labels, field, np.asarray(affine, dtype=float))
     slices = _slices(volumes, labels, field, millimetres, anatomical)
     return _draw(slices, title, uncertainty_unit)
 
@@ -170,36 +167,6 @@ def figure_to_array(figure: Figure, dpi: int = 110) -> NDArray[np.uint8]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _array(value: Tensor) -> Array:
-    tensor = torch.as_tensor(value).detach().cpu()
-    tensor = tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
-    # numpy has no bfloat16
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-
-def _volume(image: Tensor, shape: Sequence[int]) -> Array:
-    """The first channel (\\*S), cropped or extended at the far end of each axis to the shape of the fixed grid."""
-    volume = _array(image)
-    while volume.ndim > len(shape):
-        volume = volume[0]
-    volume = volume[tuple(slice(0, n) for n in shape)]
-    missing = [(0, n - have) for n, have in zip(shape, volume.shape, strict=True)]
-    return np.pad(volume, missing, mode="edge") if any(pad for _, pad in missing) else volume
-
-
-def _to_ras(
-    volumes: dict[str, Array], labels: dict[str, Array], field: Array, affine: Array
-) -> tuple[dict[str, Array], dict[str, Array], Array, Array]:
-    """Turn arrays so that their axes run right, anterior, superior; the field's components turn with its axes."""
-    orientation = io_orientation(affine)
-    axes = orientation[:, 0].astype(int)
-    turned_field = np.empty((3, *(field.shape[1 + int(k)] for k in np.argsort(axes))), dtype=field.dtype)
-    for k, (axis, sign) in enumerate(orientation):
-        turned_field[int(axis)] = sign * apply_orientation(field[k], orientation)
-    turned = [{name: apply_orientation(v, orientation) for name, v in group.items()} for group in (volumes, labels)]
-    return turned[0], turned[1], turned_field, voxel_sizes(affine)[np.argsort(axes)]
 
 
 def _slices(
@@ -240,8 +207,8 @@ def _slice(
     columns, rows = np.arange(flat[0].shape[1]), np.arange(flat[0].shape[0])
     name, sides = "", None
     if plane is not None:
-        name = _PLANE_NAMES[plane] if anatomical else f"axis {plane} = {centre[plane]}"
-        sides = _PLANE_SIDES[plane] if anatomical else None
+        name = PLANE_NAMES[plane] if anatomical else f"axis {plane} = {centre[plane]}"
+        sides = PLANE_SIDES[plane] if anatomical else None
     return _Slice(
         images={key: cut(volume) for key, volume in volumes.items()},
         labels={key: cut(volume) for key, volume in labels.items()},
@@ -391,7 +358,7 @@ def _draw_grid(axis: Axes, part: _Slice) -> None:
 
 def _draw_jacobian(axis: Axes, part: _Slice, scale: tuple[float, float]) -> Any:
     folded = part.determinant <= 0
-    shown = _show(axis, np.log(np.where(folded, 1.0, part.determinant)), scale, _JACOBIAN_COLOURS)
+    shown = _show(axis, np.log(np.where(folded, 1.0, part.determinant)), scale, JACOBIAN_COLOURS)
     if folded.any():
         marks = np.ma.masked_where(~folded, np.ones(folded.shape))
         _show(axis, marks, (0.0, 1.0), ListedColormap([FOLD_COLOUR]))
