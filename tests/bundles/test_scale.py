@@ -26,7 +26,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.io import save_image
-from tests.bundles.commands import rows, succeed, weights
+from tests.bundles.commands import rows, run_bundle, succeed, weights
 from tests.processes import run_python
 from tests.ranks import fork_two_ranks
 
@@ -89,7 +89,7 @@ CASES = [
         "similarity_learning",
         {"train_count": 4, "samples": 2, "iterations": 1, "first_iterations": 1, "val_iterations": 3, "steps": 4}
         # The inner loop is each pair's own affair, and its optimiser would make steps of what rounding leaves.
-        | {"inner_learning_rate": 1e-6}
+        | {"inner_learning_rate": 1e-6, "noise": 0}
         | {**_POLYNOMIAL, **FLAT, **_ITERATION["train"]},
         _ITERATION["two"],
         {"samples": 2, "iterations": 4, "steps": 4, "batch_size": 1, "surface": False, **FLAT},
@@ -105,7 +105,9 @@ CASES = [
     ),
     Case(
         "ssl_pretrain",
-        {"spatial_size": [16, 16, 16], "validation_pairs": 3, "pairs_per_epoch": 2, "batch_size": 2, **_POLYNOMIAL},
+        {"spatial_size": [16, 16, 16], "validation_pairs": 3, "pairs_per_epoch": 2, "batch_size": 2}
+        # Weights that large make the variances of its heads, and their divergence, large too.
+        | {"optimizer": {**_SGD, "lr": 1e-6}, **_POLYNOMIAL},
         {"batch_size": 1},
         {},
         before=QUIET,
@@ -187,7 +189,7 @@ def test_two_processes_learn_what_one_does_also_when_interrupted(trained: Traine
     a, b = (weights(folder / "last.pt") for folder in (trained.one, trained.two))
     assert a["trainer"] == b["trainer"]
     for name, tensor in a["model"].items():
-        torch.testing.assert_close(b["model"][name], tensor, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(b["model"][name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_only_the_first_process_writes(trained: Trained) -> None:
@@ -258,3 +260,31 @@ def same_table(one: Path, two: Path, tolerance: float) -> None:
             else:
                 expected = pytest.approx(float(a[key]), rel=tolerance, abs=tolerance, nan_ok=True)
                 assert float(b[key]) == expected, (key, a[key], b[key])
+
+
+@pytest.mark.parametrize("name", ["multi_gpu_train", "multi_gpu_evaluate"])
+def test_all_bundles_have_the_same_overlay(repository: Path, name: str) -> None:
+    contents = {path.read_bytes() for path in repository.glob(f"bundles/*/configs/{name}.json")}
+    assert len(contents) == 1 and len(list(repository.glob(f"bundles/*/configs/{name}.json"))) == 5
+    assert b"initialize" not in contents.pop()
+
+
+def test_torchrun_starts_them_and_alone_the_overlay_changes_nothing(repository: Path, tmp_path: Path) -> None:
+    options = {"dataset_dir": tmp_path / "data", "max_epochs": 1, "epoch_length": 2, "batch_size": 1, **FLAT}
+    for name, torchrun in (("two", True), ("one", False)):
+        text = succeed(
+            run_bundle(
+                "gradirn",
+                repository,
+                "train",
+                "multi_gpu_train",
+                torchrun=torchrun,
+                output_dir=tmp_path / name,
+                val_interval=1,
+                **options,
+            )
+        )
+        assert "destroy_process_group" not in text, "the group is left at the end"
+    assert len(rows(tmp_path / "one/metrics.csv")) == len(rows(tmp_path / "two/metrics.csv")) == 8
+    assert [weights(tmp_path / name / "last.pt")["trainer"]["iteration"] for name in ("two", "one")] == [1, 2]
+    assert not any(key.startswith("module.") for key in weights(tmp_path / "two/model.pt"))

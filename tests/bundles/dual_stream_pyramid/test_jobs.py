@@ -114,12 +114,6 @@ def test_a_baseline_trains_by_the_same_command(repository: Path, baseline: str, 
     assert weights(tmp_path / "model.pt")
 
 
-def test_two_processes_train_together(repository: Path, cache: Path, tmp_path: Path) -> None:
-    options = {"dataset_dir": cache, "spatial_size": [24, 24, 24], "decoder": "conv_c", **SHORT}
-    succeed(run(repository, "train", "multi_gpu_train", torchrun=True, output_dir=tmp_path, **options))
-    assert len(rows(tmp_path / "metrics.csv")) > 1
-
-
 def test_a_run_resumes_on_the_same_schedule(repository: Path, cache: Path, tmp_path: Path) -> None:
     options = {"dataset_dir": cache, "spatial_size": [16, 16, 16], "decoder": "conv_c", **SHORT, "restart_epochs": 2}
     whole = {**options, "max_epochs": 2}

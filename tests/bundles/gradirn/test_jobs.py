@@ -156,12 +156,3 @@ def test_data_behind_an_application_say_where_to_apply(repository: Path, tmp_pat
     assert result.returncode != 0
     assert "'ukbb' needs dataset_dir" in result.stdout + result.stderr
     assert "apply at https://www.ukbiobank.ac.uk" in result.stdout + result.stderr
-
-
-def test_two_processes_train_one_network_with_plain_keys(
-    repository: Path, trained: Path, cache: Path, tmp_path: Path
-) -> None:
-    options = {"dataset_dir": cache, "max_epochs": 1, "epoch_length": 2, "batch_size": 1, "val_interval": 1, **TINY}
-    succeed(run(repository, "train", "multi_gpu_train", torchrun=True, output_dir=tmp_path, **options))
-    assert set(weights(tmp_path / "model.pt")) == set(weights(trained / "model.pt"))
-    assert len(rows(tmp_path)) == 8  # every pair once, whichever process measured it

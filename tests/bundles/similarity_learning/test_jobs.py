@@ -194,14 +194,6 @@ def test_a_misspelt_option_is_refused(repository: Path, tmp_path: Path) -> None:
     assert result.returncode != 0 and "did you mean --iterations?" in result.stdout + result.stderr
 
 
-def test_two_processes_learn_one_similarity(repository: Path, trained: Path, cache: Path, tmp_path: Path) -> None:
-    options = {"dataset_dir": cache, "train_count": 4, **TINY, **SHORT, **FEW, "epoch_length": None}
-    succeed(run(repository, "train", "multi_gpu_train", torchrun=True, output_dir=tmp_path, **options))
-    assert set(weights(tmp_path / "model.pt")) == set(weights(trained / "model.pt"))
-    assert len(rows(tmp_path / "metrics.csv")) == 6  # every pair once, whichever process measured it
-    assert len(torch.load(tmp_path / "last.pt", weights_only=True)["store"]) > 0
-
-
 def test_shipped_weights_stand_a_changed_contrast_better_than_squared_differences(
     repository: Path, cache: Path, tmp_path: Path
 ) -> None:

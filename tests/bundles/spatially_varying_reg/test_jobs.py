@@ -130,16 +130,6 @@ def test_two_scans_of_any_size_are_registered_there_and_back(repository: Path, h
     assert measured["alpha"] == pytest.approx([1.05]) and measured["w"] == [1.0] and 0 < measured["weight"][0] < 1
 
 
-def test_two_processes_train_the_uniform_baseline(repository: Path, trained: Path, cache: Path, tmp_path: Path) -> None:
-    options = {"dataset_dir": cache, "max_epochs": 1, **DATA, **SHORT, "batch_size": 1}
-    succeed(run(repository, "train", "uniform", "multi_gpu_train", torchrun=True, output_dir=tmp_path, **options))
-    uniform, varying = weights(tmp_path / "model.pt"), weights(trained / "model.pt")
-    assert set(uniform) == {name for name in varying if not name.startswith("weight_head.")}
-    table = rows(tmp_path / "metrics.csv")
-    assert len(table) == 8  # every pair once, whichever process measured it
-    assert table[0].get("weight", "nan") == "nan"
-
-
 def test_volumes_both_directions_and_the_gaussian_prior(repository: Path, cache: Path, tmp_path: Path) -> None:
     data = {"dataset": "synthetic", "dataset_dir": cache, "cohort#spatial_size": 18, "spatial_size": [17, 18, 19]}
     options = {**data, **SHORT, "max_epochs": 1, "downsample": [2, 2, 1], "batch_size": 1}

@@ -205,26 +205,6 @@ def test_an_interrupted_run_resumes_to_the_same_weights(repository: Path, tmp_pa
     assert all(torch.equal(whole[name], rest[name]) for name in whole)
 
 
-def test_two_processes_train_one_network_with_plain_keys(repository: Path, pretrained: Path, tmp_path: Path) -> None:
-    succeed(
-        run(
-            repository,
-            "train",
-            "multi_gpu_train",
-            torchrun=True,
-            output_dir=tmp_path,
-            spatial_size=[16, 16, 16],
-            pairs_per_epoch=4,
-            validation_pairs=3,
-            max_epochs=1,
-        )
-    )
-    state = weights(tmp_path / "model.pt")
-    assert set(state) == set(weights(pretrained / "model.pt"))
-    with open(tmp_path / "metrics.csv") as file:
-        assert len(list(csv.DictReader(file))) == 3  # every pair once, whichever process measured it
-
-
 @pytest.mark.parametrize("encoder", ["dual_stream", "voxelmorph", "vfa"])
 def test_other_encoders_pretrain_and_fine_tune_in_two_dimensions(
     repository: Path, encoder: str, cache: Path, tmp_path: Path
