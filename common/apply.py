@@ -32,7 +32,7 @@ from torch import Tensor
 
 from common.io import Scan, grid_of, load_image, load_series, load_transforms, save_image, save_series
 from common.io.points import from_ras, load_points, save_points, to_ras
-from common.spatial import Grid, SpatialTransform, warp, warp_labels
+from common.spatial import Grid, SpatialTransform, outside_value, warp, warp_labels, warp_scan
 
 __all__ = ["KINDS", "apply", "apply_to_image", "apply_to_points"]
 
@@ -125,7 +125,7 @@ def apply_to_image(
         if len(image) > 1:  # what comes from outside belongs to the first class, the background
             moved[:1] += 1 - warp(torch.ones_like(image[None, :1]), ddf, padding="zeros")[0]
         return moved
-    return warp(image[None] - fill, ddf, padding="zeros")[0] + fill
+    return warp_scan(image[None], ddf, fill)[0]
 
 
 def apply_to_points(points: Tensor, transform: SpatialTransform, of: str = "fixed") -> Tensor:
@@ -159,8 +159,7 @@ def _carry_image(
     grids = grid_of(target), grid_of(scans[0])
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     image = torch.from_numpy(_stacked(scans, kind)).to(place)
-    lowest = float(image.min())
-    outside = fill if fill is not None else min(lowest, 0.0)
+    outside = fill if fill is not None else outside_value(image)
     moved = apply_to_image(image, _load(paths, grids, inverse), *grids, kind=kind, fill=outside).cpu().numpy()
     if kind == "probability" and len(moved) > 1:
         save_series(output, list(moved), target.affine_3d)

@@ -18,7 +18,7 @@ grid, in mm, along the LPS axes: a physical point x of the fixed image correspon
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,15 @@ from torch import Tensor
 
 from common.io.files import writing
 from common.io.scans import ScanError, affine_3d
+from common.io.sidecar import ROLES, write_sidecar
 
 __all__ = ["FIELD_FORMATS", "field_from_lps", "field_to_lps", "load_field", "save_field"]
 
 FIELD_FORMATS = ("itk", "l2r")
+_MEANING = {
+    "itk": ({"format": "itk", "units": "mm", "axes": "LPS"}, "x -> x + d(x)"),
+    "l2r": ({"format": "l2r", "units": "voxel", "axes": "array"}, "i -> i + d(i)"),
+}
 _VECTOR_INTENT = 1007
 _NIFTI = (".nii", ".nii.gz")
 
@@ -75,6 +80,8 @@ def save_field(
     *,
     overwrite: bool = True,
     sidecar: bool | None = None,
+    roles: tuple[str, str] = ROLES,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a field that another tool applies to the moving image in its own file.
 
@@ -88,6 +95,8 @@ def save_field(
         overwrite: replace an existing file; as in :func:`common.io.save_image`.
         sidecar: also write ``<name>.json`` that says in words what the numbers mean, since intent 1007 alone does not.
             Default: for ``"itk"`` only, as a Learn2Reg submission holds nothing but fields.
+        roles: what the sidecar calls the image whose grid the field lies on, and the other.
+        about: what else the sidecar says.
 
     Returns:
         the path.
@@ -120,7 +129,10 @@ def save_field(
     with writing(path, _NIFTI, overwrite) as partial:
         nib.save(image, partial)
     if fmt == "itk" if sidecar is None else sidecar:
-        _write_sidecar(Path(path), fmt, placement, placement if moving is None else affine_3d(moving), overwrite)
+        affines = placement, placement if moving is None else affine_3d(moving)
+        meaning, formula = _MEANING[fmt]
+        known = {f"{roles[0]}_shape": list(field.shape[1:]), **(about or {})}
+        write_sidecar(Path(path), meaning, affines, roles=roles, formula=formula, about=known, overwrite=overwrite)
     return Path(path)
 
 
@@ -232,14 +244,3 @@ def _l2r_channels(values: np.ndarray, path: Path) -> np.ndarray:
         if values.shape[0] == d:
             return values
     raise ScanError(f"{path} has shape {values.shape}, expected a Learn2Reg field (X,Y,Z,3) or (X,Y,2)")
-
-
-def _write_sidecar(path: Path, fmt: str, fixed: np.ndarray, moving: np.ndarray, overwrite: bool) -> None:
-    meaning = {
-        "itk": {"units": "mm", "axes": "LPS", "direction": "fixed to moving: moved(x) = moving(x + d(x))"},
-        "l2r": {"units": "voxel", "axes": "array", "direction": "fixed to moving: moved(i) = moving(i + d(i))"},
-    }[fmt]
-    content = {"format": fmt, **meaning, "fixed_affine_ras": fixed.tolist(), "moving_affine_ras": moving.tolist()}
-    name = path.name.removesuffix(".gz").removesuffix(".nii") + ".json"
-    with writing(path.with_name(name), (".json",), overwrite) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

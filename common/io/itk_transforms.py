@@ -115,7 +115,10 @@ def _sampled(transform: Any, grid: Grid) -> Displacement:
 
 
 def write_itk_transform(path: Path, transform: SpatialTransform) -> None:
-    """Write one transform, or a composite of several, in double precision.
+    """Write one transform, or a composite of several.
+
+    An affine map alone is written in double precision. With a field all is in single precision, which is what fields
+    are computed in, and a fifth of the time and half of the memory; ITK's readers take either.
 
     Args:
         path: ``.h5``; for a single affine map also ``.tfm``, ``.txt`` or ``.mat``.
@@ -131,35 +134,42 @@ def write_itk_transform(path: Path, transform: SpatialTransform) -> None:
         raise TransformError(f"{path}: a displacement field goes into a .h5 or .nii.gz file, not into {path.suffix}")
     if path.suffix != ".h5":
         assert transform.matrix is not None
-        itk.transformwrite([_to_itk_affine(transform.matrix)], str(path))
+        itk.transformwrite([_to_itk_affine(transform.matrix, itk.D)], str(path))
         return
-    composite = itk.CompositeTransform[itk.D, dims].New()
+    kind = itk.D if transform.matrix is not None else itk.F
+    composite = itk.CompositeTransform[kind, dims].New()
     # ITK looks at these arrays without owning them: they have to last until the file is written.
     arrays = [None if isinstance(part, Affine) else _to_itk_vectors(part) for part in transform.parts]
     for part, array in zip(reversed(transform.parts), reversed(arrays), strict=True):
         composite.AddTransform(
-            _to_itk_affine(part.matrix) if isinstance(part, Affine) else _to_itk_field(part.grid, array, path)
+            _to_itk_affine(part.matrix, kind) if isinstance(part, Affine) else _to_itk_field(part.grid, array, path)
         )
-    itk.transformwrite([composite], str(path), compression=True)
+    writer = itk.TransformFileWriterTemplate[kind].New()
+    writer.SetFileName(str(path))
+    writer.SetUseCompression(True)
+    writer.SetInput(composite)
+    writer.Update()
 
 
-def _to_itk_affine(matrix: Tensor) -> Any:
+def _to_itk_affine(matrix: Tensor, kind: Any) -> Any:
     import itk
 
     dims = len(matrix) - 1
     flip = _lps(dims)
     lps = flip @ matrix.numpy() @ flip
-    transform = itk.AffineTransform[itk.D, dims].New()
+    transform = itk.AffineTransform[kind, dims].New()
+    if kind is itk.F:
+        lps = lps.astype(np.float32)
     transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:-1, :-1])))
     transform.SetOffset(lps[:-1, -1].tolist())
     return transform
 
 
 def _to_itk_vectors(part: Displacement) -> np.ndarray:
-    """(z, y, x, d) float64, LPS mm."""
+    """(z, y, x, d) float32, LPS mm."""
     dims = len(part.grid.shape)
     flip = np.diag(_lps(dims))[:dims].reshape(dims, *[1] * dims)
-    field = part.field.detach().cpu().double().numpy() * flip
+    field = part.field.detach().cpu().float().numpy() * flip.astype(np.float32)
     return np.ascontiguousarray(field.transpose(*range(dims, 0, -1), 0))
 
 
@@ -171,12 +181,12 @@ def _to_itk_field(grid: Grid, array: np.ndarray | None, path: Path) -> Any:
     _, origin, spacing, direction = _itk_geometry(grid)
     if not np.allclose(direction.T @ direction, np.eye(dims), atol=1e-4):
         raise TransformError(f"{path}: the field's grid is sheared, which ITK cannot represent: {direction.tolist()}")
-    kind = itk.Image[itk.Vector[itk.D, dims], dims]
+    kind = itk.Image[itk.Vector[itk.F, dims], dims]
     image = itk.PyBuffer[kind].GetImageViewFromArray(array, True)
     image.SetOrigin(origin)
     image.SetSpacing(spacing)
     image.SetDirection(itk.matrix_from_array(direction))
-    transform = itk.DisplacementFieldTransform[itk.D, dims].New()
+    transform = itk.DisplacementFieldTransform[itk.F, dims].New()
     transform.SetDisplacementField(image)
     return transform
 

@@ -23,8 +23,7 @@ form                       file                                                 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from common.io.fields import load_field, save_field
 from common.io.files import writing
 from common.io.itk_transforms import TransformError, read_itk_transform, write_itk_transform
 from common.io.scans import Scan
+from common.io.sidecar import ROLES, write_sidecar
 from common.spatial.transform import Affine, Grid, SpatialTransform
 
 __all__ = ["TransformError", "grid_of", "load_transform", "load_transforms", "save_transform"]
@@ -119,6 +119,8 @@ def save_transform(
     fmt: str | None = None,
     *,
     overwrite: bool = True,
+    roles: tuple[str, str] = ROLES,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a transform and, beside it, ``<name>.json`` that says in words what the numbers mean.
 
@@ -130,6 +132,8 @@ def save_transform(
         moving: the other one.
         fmt: ``itk`` or ``l2r`` for ``.nii.gz``; else the extension says it.
         overwrite: replace an existing file.
+        roles: what the sidecar calls ``fixed`` and ``moving``: of an inverse the other way round.
+        about: what else the sidecar says.
 
     Returns:
         the path.
@@ -141,10 +145,19 @@ def save_transform(
     path = Path(path)
     if path.name.endswith(_NIFTI):
         ddf = transform.ddf(grid_of(fixed), grid_of(moving))
-        return save_field(path, ddf, fixed.affine_3d, moving.affine_3d, fmt or "itk", overwrite=overwrite)
+        said: dict[str, Any] = {"overwrite": overwrite, "roles": roles, "about": about}
+        return save_field(path, ddf, fixed.affine_3d, moving.affine_3d, fmt or "itk", **said)
     with writing(path, _ITK, overwrite) as partial:
         write_itk_transform(partial, transform)
-    _write_sidecar(path, transform, fixed, moving, overwrite)
+    content = {
+        "parts": [type(part).__name__.lower() for part in transform.parts],
+        "order": f"as they act on a point of the {roles[0]} image; ITK's file lists them in reverse",
+        **{f"{role}_shape": list(scan.array.shape) for role, scan in zip(roles, (fixed, moving), strict=True)},
+        **(about or {}),
+    }
+    meaning = {"format": "ITK transform", "units": "mm", "axes": "LPS"}
+    affines = fixed.affine_3d, moving.affine_3d
+    write_sidecar(path, meaning, affines, roles=roles, formula="x -> T(x)", about=content, overwrite=overwrite)
     return path
 
 
@@ -211,20 +224,3 @@ def _fsl_scaling(grid: Grid) -> np.ndarray:
     if np.linalg.det(affine[:3, :3]) > 0:
         scaling[0, 0], scaling[0, 3] = -spacing[0], (grid.shape[0] - 1) * spacing[0]
     return scaling
-
-
-def _write_sidecar(path: Path, transform: SpatialTransform, fixed: Scan, moving: Scan, overwrite: bool) -> None:
-    content = {
-        "format": "ITK transform",
-        "units": "mm",
-        "axes": "LPS",
-        "direction": "fixed to moving: moved(x) = moving(T(x))",
-        "parts": [type(part).__name__.lower() for part in transform.parts],
-        "order": "as they act on a point of the fixed image; ITK's file lists them in reverse",
-        "fixed_affine_ras": fixed.affine_3d.tolist(),
-        "fixed_shape": list(fixed.array.shape),
-        "moving_affine_ras": moving.affine_3d.tolist(),
-        "moving_shape": list(moving.array.shape),
-    }
-    with writing(path.with_suffix(".json"), (".json",), overwrite) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from common.spatial.digital import (
     non_diffeomorphic_volume,
     non_diffeomorphic_volume_percent,
 )
+from common.spatial.filling import outside_value, warp_scan
 from common.spatial.grid import identity_grid
 from common.spatial.inversion import Inversion, invert
 from common.spatial.jacobian import jacobian_determinant, jacobian_matrix
@@ -51,8 +52,10 @@ __all__ = [
     "jacobian_matrix",
     "non_diffeomorphic_volume",
     "non_diffeomorphic_volume_percent",
+    "outside_value",
     "resample_field",
     "warp",
     "warp_labels",
     "warp_points",
+    "warp_scan",
 ]
