@@ -8,19 +8,41 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""``python -m common <command>``: what WarpZoo does outside of a bundle's configs."""
+"""``python -m common <command>``: what WarpZoo does beside a bundle's configs.
+
+``register`` two scans or a list of pairs; ``apply`` a transform to images and points; ``export`` a network;
+``package`` a bundle. ``python -m common <command> --help`` says what each takes.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 
-import fire
+# Imported when asked for: packing a bundle should not wait for PyTorch.
+COMMANDS = {
+    "register": ("common.register", "register"),
+    "apply": ("common.apply", "apply"),
+    "export": ("common.export", "main"),
+    "package": ("common.package", "package"),
+}
 
-from common.apply import apply
-from common.export import main as export
-from common.package import package
+
+def main() -> None:
+    """Run the command that the command line names."""
+    import fire
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name not in COMMANDS:
+        print(__doc__)
+        sys.exit(0 if name in ("--help", "-h") else 2)
+    module, function = COMMANDS[name]
+    if {"--help", "-h"} & set(arguments):
+        arguments = ["--", "--help"]  # a command that takes any option would take this one too
+    fire.Fire(getattr(importlib.import_module(module), function), command=arguments, name=f"python -m common {name}")
+
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    fire.Fire({"apply": apply, "export": export, "package": package}, name="python -m common")
+    main()
