@@ -25,7 +25,7 @@ from common.data.cohort import Cohort, load_cohort
 from common.data.datalist import Entry, unique_ids
 from common.data.places import require_files
 from common.io.headers import image_dims
-from common.io.label_maps import label_values
+from common.io.label_maps import label_values, load_label_map
 
 __all__ = ["COLUMNS", "PairList", "read_pair_table"]
 
@@ -59,6 +59,8 @@ class PairList(Sequence[Entry]):
         moving_label, fixed_label: its label maps.
         example: name of the cohort that the example is taken from.
         stacks: whether scans are stacks of slices that a 2-D network registers one by one.
+        frame: which one of 4-D scans, counted from 0; every pair then has ``moving_frame`` and ``fixed_frame``.
+        moving_frame, fixed_frame: where it is not the same for both.
 
     Attributes:
         spatial_dims: 2 or 3, what the network has to be made for.
@@ -81,6 +83,9 @@ class PairList(Sequence[Entry]):
         fixed_label: str | Path | None = None,
         example: str = "synthetic",
         stacks: bool = False,
+        frame: int | None = None,
+        moving_frame: int | None = None,
+        fixed_frame: int | None = None,
     ) -> None:
         self.labels: list[int] = []
         self.label_map: dict[int, int] = {}
@@ -94,6 +99,10 @@ class PairList(Sequence[Entry]):
             self.pairs = _named(read_pair_table(pairs), str(pairs))
         else:
             self.pairs = _named(self._of_cohort(str(pairs), split, dataset_dir), str(pairs))
+        own = {"moving_frame": moving_frame, "fixed_frame": fixed_frame}
+        frames = {key: frame if one is None else one for key, one in own.items()}
+        chosen = {key: int(one) for key, one in frames.items() if one is not None}
+        self.pairs = [{**pair, **chosen} for pair in self.pairs]
         self.spatial_dims = 2 if stacks else _dimension(self.pairs)
         self.labels = self.labels or _labels(self.pairs)
 
@@ -245,7 +254,7 @@ def _dimension(pairs: list[Entry]) -> int:
     first: Exception | None = None
     for pair in pairs:
         try:
-            moving, fixed = image_dims(pair["moving"]), image_dims(pair["fixed"])
+            moving, fixed = (image_dims(pair[role], pair.get(f"{role}_frame")) for role in ("moving", "fixed"))
             if moving != fixed:
                 files = f"{pair['moving']} is {moving}-D and {pair['fixed']} is {fixed}-D"
                 raise ValueError(f"{files}: they cannot be registered")
@@ -264,11 +273,13 @@ def _dimension(pairs: list[Entry]) -> int:
 
 def _labels(pairs: list[Entry]) -> list[int]:
     """All labels of pairs that have both maps; what is wrong with a map is said when its pair is loaded."""
-    paths = {pair[key] for pair in pairs if all(pair.get(k) for k in _FILES) for key in ("moving_label", "fixed_label")}
+    complete = [pair for pair in pairs if all(pair.get(key) for key in _FILES)]
+    roles = ("moving", "fixed")
+    maps = {(pair[f"{role}_label"], pair.get(f"{role}_frame")) for pair in complete for role in roles}
     found: set[int] = set()
-    for path in paths:
+    for path, frame in maps:
         try:
-            found |= set(label_values(path))
+            found |= set(label_values(load_label_map(path, frame)))
         except (OSError, ValueError):
             continue
     return sorted(found)

@@ -27,14 +27,18 @@ logger = logging.getLogger(__name__)
 
 _IMAGES = ("moving", "fixed", "moving_label", "fixed_label")
 _NAMES = ("moving_id", "fixed_id", "id")
+# What a transform may say of a pair beside its images.
+_ABOUT = ("affine_matrix", "timings", "warnings", "moving_frame", "fixed_frame")
 
 
 class ScanPairs(Dataset):
     """A list of pairs of scans for inference.
 
     An item has ``moving``, ``fixed`` (1,*S), ``moving_label``, ``fixed_label`` (1,*S) int32 where a pair has both,
-    ``moving_affine``, ``fixed_affine`` (d+1,d+1) float64, and the names ``moving_id``, ``fixed_id`` and ``id``. Sizes
-    differ from item to item, so a batch has one.
+    ``moving_affine``, ``fixed_affine`` (d+1,d+1) float64, and the names ``moving_id``, ``fixed_id`` and ``id``. Where
+    the transform gives them: ``affine_matrix`` (d+1,d+1) float64, ``timings`` (seconds by name), ``warnings`` (lines),
+    and ``moving_frame`` and ``fixed_frame`` of pairs that have them. Sizes differ from item to item, so a batch has
+    one.
 
     Where ``folders`` are given, a list goes on whatever happens to one of its pairs: an item of nothing but names is a
     pair that was registered before, one with ``error`` a pair that cannot be loaded, and why.
@@ -86,4 +90,5 @@ class ScanPairs(Dataset):
         for key in _IMAGES:
             if loaded.get(key) is not None and not isinstance(loaded[key], str):
                 item[key] = _plain(loaded[key])
+        item |= {key: loaded[key] for key in _ABOUT if loaded.get(key) is not None}
         return item | {f"{role}_affine": _affine(loaded[role]) for role in ("moving", "fixed")}

@@ -16,7 +16,8 @@ from common.io.common_grid import common_grid
 from common.io.fields import load_field, save_field
 from common.io.grids import GridError, grid_difference, require_same_grid, same_grid
 from common.io.headers import image_dims
-from common.io.label_maps import label_values, require_label_map
+from common.io.label_maps import label_values, load_label_map, require_label_map
+from common.io.pair_checks import PairError, check_labels, check_overlap, check_pair
 from common.io.pair_folders import PairFolders
 from common.io.pair_grid import pair_grid
 from common.io.scans import Scan, ScanError, load_image, load_series, save_image, save_series
@@ -24,10 +25,14 @@ from common.io.transforms import TransformError, grid_of, load_transform, load_t
 
 __all__ = [
     "GridError",
+    "PairError",
     "PairFolders",
     "Scan",
     "ScanError",
     "TransformError",
+    "check_labels",
+    "check_overlap",
+    "check_pair",
     "common_grid",
     "grid_difference",
     "grid_of",
@@ -35,6 +40,7 @@ __all__ = [
     "label_values",
     "load_field",
     "load_image",
+    "load_label_map",
     "load_series",
     "load_transform",
     "load_transforms",

@@ -14,57 +14,57 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 
-from common.io.scans import Scan, load_image
+from common.io.scans import Scan
 
 __all__ = ["common_grid"]
 
 logger = logging.getLogger(__name__)
 
 
-def common_grid(moving: str | Path, fixed: str | Path, tolerance: float = 0.01) -> dict[str, Any]:
+def common_grid(
+    moving: Scan, fixed: Scan, tolerance: float = 0.01, spacing: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Size and spacing that hold both scans once their axes point right, anterior and superior.
 
     Smaller scans are padded to it. Scans of one spacing keep their voxels; where the spacings differ by more than
     ``tolerance``, both take the fixed scan's, and a warning says so.
 
     Args:
-        moving: file of the moving scan.
-        fixed: file of the fixed scan.
+        moving: the moving scan.
+        fixed: the fixed scan, of as many axes.
         tolerance: relative difference of spacing that is ignored.
+        spacing: mm along right, anterior and superior that both take; the default is the fixed scan's, as said.
 
     Returns:
         ``spatial_size`` and ``spacing`` (None where nothing needs resampling), options of
         ``common.transforms.scan_transforms``.
-
-    Raises:
-        ValueError: when one scan is 2-D and the other 3-D, or all voxels of one are alike.
     """
-    scans = [load_image(moving), load_image(fixed)]
-    for scan in scans:
-        low, high = scan.array.min(), scan.array.max()
-        if low == high:
-            raise ValueError(f"{scan.path}: every voxel is {low}, there is nothing to register")
-    (moving_size, moving_spacing), (fixed_size, fixed_spacing) = (_ras_size_and_spacing(scan) for scan in scans)
-    if len(moving_size) != len(fixed_size):
-        raise ValueError(
-            f"{moving} is {len(moving_size)}-D and {fixed} is {len(fixed_size)}-D: they cannot be registered"
-        )
+    (moving_size, moving_spacing), (fixed_size, fixed_spacing) = (_ras_size_and_spacing(s) for s in (moving, fixed))
+    if spacing is not None:
+        sizes = [(moving_size, moving_spacing), (fixed_size, fixed_spacing)]
+        both = [[_resampled(*axis) for axis in zip(*own, spacing, strict=True)] for own in sizes]
+        return {"spatial_size": [max(pair) for pair in zip(*both, strict=True)], "spacing": [float(s) for s in spacing]}
     if np.allclose(moving_spacing, fixed_spacing, rtol=tolerance):
         return {"spatial_size": [max(pair) for pair in zip(moving_size, fixed_size, strict=True)], "spacing": None}
     logger.warning(
         "%s has spacing %s mm and %s has %s mm: the network sees both at the latter; the field is written on the fixed "
         "scan's own grid",
-        *(moving, np.round(moving_spacing, 4), fixed, np.round(fixed_spacing, 4)),
+        *(moving.path, np.round(moving_spacing, 4), fixed.path, np.round(fixed_spacing, 4)),
     )
-    resampled = [math.ceil(n * s / t) for n, s, t in zip(moving_size, moving_spacing, fixed_spacing, strict=True)]
+    resampled = [_resampled(*axis) for axis in zip(moving_size, moving_spacing, fixed_spacing, strict=True)]
     size = [max(pair) for pair in zip(resampled, fixed_size, strict=True)]
     return {"spatial_size": size, "spacing": [float(s) for s in fixed_spacing]}
+
+
+def _resampled(size: int, spacing: float, new: float) -> int:
+    """Voxels that hold an axis; what rounding adds to a whole number is none."""
+    return math.ceil(size * spacing / new - 1e-4)
 
 
 def _ras_size_and_spacing(scan: Scan) -> tuple[list[int], list[float]]:

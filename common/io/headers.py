@@ -13,23 +13,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 
 from common.io.scans import _ITK, _NIFTI, ScanError, _damage_named
 
-__all__ = ["image_dims"]
+__all__ = ["Placement", "image_dims", "nifti_placement"]
 
 
-def image_dims(path: str | Path) -> int:
-    """How many axes in space a scan has, as :func:`common.io.load_image` counts them; no voxel is read.
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """What a NIfTI header says of where an image lies.
+
+    Attributes:
+        unit: of lengths: "mm", "meter", "micron" or "unknown".
+        sform: (4,4) from voxels to RAS, or None when it is not set.
+        qform: the same of the other transform.
+    """
+
+    unit: str
+    sform: np.ndarray | None
+    qform: np.ndarray | None
+
+
+def nifti_placement(path: str | Path) -> Placement | None:
+    """Read the placement of a NIfTI file; no voxel is read.
 
     Args:
         path: of the file.
 
     Returns:
-        2 or 3; more for a series, which ``load_image`` refuses.
+        the placement, None for files of other formats.
+    """
+    if not Path(path).name.lower().endswith(_NIFTI):
+        return None
+    image = nib.load(path)
+    header = image.header
+    try:
+        qform = image.get_qform(coded=True)[0]  # type: ignore[attr-defined]
+    except nib.spatialimages.HeaderDataError:  # a quaternion that is none
+        qform = None
+    sform = image.get_sform(coded=True)[0]  # type: ignore[attr-defined]
+    return Placement(header.get_xyzt_units()[0], sform, qform)  # type: ignore[attr-defined]
+
+
+def image_dims(path: str | Path, frame: int | None = None) -> int:
+    """How many axes in space a scan has, as :func:`common.io.load_image` counts them; no voxel is read.
+
+    Args:
+        path: of the file.
+        frame: of a series, as for ``load_image``.
+
+    Returns:
+        2 or 3; more for a series of which no frame is named, which ``load_image`` refuses.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -46,6 +85,7 @@ def image_dims(path: str | Path) -> int:
             shape = _nifti_shape(path) if name.endswith(_NIFTI) else _itk_shape(path)
     except nib.filebasedimages.ImageFileError as error:
         raise ScanError(f"{path} is no readable NIfTI file: {error}") from error
+    shape = shape[:3] if frame is not None and len(shape) == 4 else shape
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return len(shape)

@@ -20,10 +20,9 @@ from typing import Any
 
 from common.io.files import writing
 
-__all__ = ["PairFolders"]
+__all__ = ["PairFolders", "write_measures"]
 
-_FILES = ("moving", "fixed", "moving_label", "fixed_label")
-_ABOUT = ("files", "columns")
+_FILES = ("moving", "fixed", "moving_label", "fixed_label", "moving_frame", "fixed_frame")
 
 
 class PairFolders:
@@ -58,23 +57,26 @@ class PairFolders:
         """Make a folder incomplete, before something in it changes."""
         (self.of(name) / "metrics.json").unlink(missing_ok=True)
 
-    def finish(self, pair: Mapping[str, Any], measures: Mapping[str, Sequence[float]]) -> None:
+    def finish(
+        self,
+        pair: Mapping[str, Any],
+        measures: Mapping[str, Sequence[float]],
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         """Make a folder complete.
 
         Args:
             pair: with ``id`` and its files.
             measures: values by name; what could not be measured is NaN, and null in the file.
+            about: what else the file says, and no table does; no lists.
         """
-        values = {name: [None if math.isnan(value) else value for value in row] for name, row in measures.items()}
         columns = {name: self.columns[name] for name, row in measures.items() if name in self.columns and len(row) > 1}
-        content = {**values, "files": _files(pair), "columns": columns}
-        with writing(self.of(pair["id"]) / "metrics.json", [".json"]) as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_measures(self.of(pair["id"]), measures, {**(about or {}), "files": _files(pair), "columns": columns})
 
     def measures(self, name: str) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
         """What :meth:`finish` stored of the pair of this ``id``, and what its values are called."""
         stored = self._read(name)
-        values = {key: row for key, row in stored.items() if key not in _ABOUT}
+        values = {key: row for key, row in stored.items() if isinstance(row, list)}
         numbers = {key: [math.nan if value is None else float(value) for value in row] for key, row in values.items()}
         return numbers, stored.get("columns", {})
 
@@ -86,5 +88,18 @@ class PairFolders:
         return content if isinstance(content, dict) else {}
 
 
+def write_measures(folder: Path, measures: Mapping[str, Sequence[float]], about: Mapping[str, Any]) -> None:
+    """Write ``metrics.json``, whole or not at all.
+
+    Args:
+        folder: of the pair.
+        measures: values by name; NaN becomes null, as JSON has no NaN.
+        about: what else the file says.
+    """
+    values = {name: [None if math.isnan(value) else value for value in row] for name, row in measures.items()}
+    with writing(folder / "metrics.json", [".json"]) as partial:
+        partial.write_text(json.dumps({**values, **about}, indent=2) + "\n", encoding="utf-8")
+
+
 def _files(pair: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(pair[key]) for key in _FILES if pair.get(key)}
+    return {key: str(pair[key]) for key in _FILES if pair.get(key) not in (None, "")}

@@ -12,28 +12,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from common.io.common_grid import common_grid
-from common.io.scans import load_image
+from common.io.scans import Scan
 
 __all__ = ["pair_grid"]
 
 
-def pair_grid(moving: str | Path, fixed: str | Path, stacks: bool = False, tolerance: float = 0.01) -> dict[str, Any]:
+def pair_grid(
+    moving: Scan,
+    fixed: Scan,
+    stacks: bool = False,
+    tolerance: float = 0.01,
+    spacing: Sequence[float] | None = None,
+) -> dict[str, Any]:
     """:func:`common.io.common_grid`, or the plane that holds the slices of two stacks.
 
     Slice k of one stack is registered to slice k of the other, so both must have been cut alike: nothing is resampled
     along the last axis.
 
     Args:
-        moving: file of the moving scan.
-        fixed: file of the fixed scan.
+        moving: the moving scan.
+        fixed: the fixed scan.
         stacks: whether both are stacks of slices along their last axis.
         tolerance: relative difference of spacing that is ignored.
+        spacing: that both take, in mm; not for stacks.
 
     Returns:
         ``spatial_size``, two numbers for stacks, and ``spacing`` (None where nothing needs resampling).
@@ -42,8 +49,8 @@ def pair_grid(moving: str | Path, fixed: str | Path, stacks: bool = False, toler
         ValueError: when one of two stacks is none, or they differ in the number of slices or in voxel size.
     """
     if not stacks:
-        return common_grid(moving, fixed, tolerance)
-    scans = [load_image(moving), load_image(fixed)]
+        return common_grid(moving, fixed, tolerance, spacing)
+    scans = [moving, fixed]
     for scan in scans:
         if scan.array.ndim != 3:
             raise ValueError(f"{scan.path} is {scan.array.ndim}-D; a stack of slices is 3-D")

@@ -22,6 +22,7 @@ import monai.transforms
 from common.transforms.array import RandImagePair
 from common.transforms.dictionary import RandImagePairD, RandImagePaird, RandImagePairDict
 from common.transforms.fitting import FitWholed
+from common.transforms.pair_alignment import PairAlignment
 from common.transforms.preprocessing import CheckScand, ScalePercentilesd, scan_transforms
 from common.transforms.random_images import ImagePair, PairOptions, generate_pair
 from common.transforms.scan_pairs import LoadScanPaird
@@ -35,6 +36,7 @@ __all__ = [
     "ImagePair",
     "IntensityShift",
     "LoadScanPaird",
+    "PairAlignment",
     "PairOptions",
     "RandImagePair",
     "RandImagePairD",

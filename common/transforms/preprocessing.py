@@ -37,7 +37,11 @@ from common.transforms.fitting import FitWholed
 
 __all__ = ["CheckScand", "ScalePercentilesd", "SliceAsPlaned", "scan_transforms"]
 
-INTENSITIES = ("percentile", "minmax", "none")
+# What a window keeps of CT, in Hounsfield units. Lungs: from air to the upper end of the window that radiologists look
+# at lungs with (width 1500, level -600); its lower end, -1350, lies below air, where nothing is. Abdomen: the soft
+# tissue window (width 400, level 40).
+WINDOWS = {"ct_lung": (-1000.0, 150.0), "ct_abdomen": (-160.0, 240.0)}
+INTENSITIES = ("percentile", "minmax", "none", "mri", *WINDOWS)
 FITS = ("pad", "resize")
 _PADDINGS = {"zeros": "constant", "border": "edge"}
 
@@ -54,6 +58,7 @@ def scan_transforms(
     channels: int = 1,
     label_map: Mapping[int, int] | None = None,
     fit: str = "pad",
+    load: bool = True,
 ) -> Compose:
     """Load, orient, resample, window and pad scans, 2-D or 3-D, in the file formats that MONAI reads.
 
@@ -70,7 +75,8 @@ def scan_transforms(
         intensity: "percentile" brings percentiles 0.5 and 99.5 to 0 and 1, clipped; "minmax" brings minimum and
             maximum there; "none" keeps the values. Two numbers are a window: values are clipped to it, and its ends
             brought to 0 and 1, as for CT in Hounsfield units. A constant image becomes 0 in the first two. A list of
-            windows has one for each channel.
+            windows has one for each channel. "mri" is "percentile"; "ct_lung" is the window -1000 to 150 HU, and
+            "ct_abdomen" -160 to 240 HU.
         label_keys: which of the keys are label maps; None is those whose name contains "label" or "mask".
         allow_missing_keys: whether items may lack some keys.
         padding: "zeros", or "border" to repeat an image's outermost voxels. Where scans are cut out of larger ones,
@@ -82,6 +88,7 @@ def scan_transforms(
         fit: how a scan comes to ``spatial_size``. "pad" pads or crops it; "resize" pads it to the proportions of the
             new size and then resizes it, so that nothing is cut off (:class:`common.transforms.FitWholed`).
             Intensities are scaled after that, as published for similarity learning, padding included.
+        load: False where entries are MetaTensors (channels, *S) and no files.
 
     Returns:
         a transform of dictionaries: images (channels, *S) float32, label maps (1, *S) int32.
@@ -92,7 +99,8 @@ def scan_transforms(
     """
     if isinstance(intensity, str) and intensity not in INTENSITIES:
         raise ValueError(f"intensity must be one of {INTENSITIES} or a window (low, high), got {intensity!r}")
-    windows = None if isinstance(intensity, str) else _windows(intensity, channels)
+    window = intensity_window(intensity)
+    windows = None if window is None else _windows(window, channels)
     if padding not in _PADDINGS:
         raise ValueError(f"padding must be one of {sorted(_PADDINGS)}, got {padding!r}")
     if fit not in FITS or (fit == "resize" and spatial_size is None):
@@ -105,9 +113,11 @@ def scan_transforms(
     images = [key for key in keys if key not in labels]
     both = images + labels
     missing: dict[str, Any] = {"allow_missing_keys": allow_missing_keys}
-    steps: list[Any] = [LoadImaged(both, image_only=True, **missing), EnsureChannelFirstd(both, **missing)]
-    if channels > 1:
-        steps = [LoadChannelsd(both, **missing)]
+    steps: list[Any] = []
+    if load and channels > 1:
+        steps += [LoadChannelsd(both, **missing)]
+    elif load:
+        steps += [LoadImaged(both, image_only=True, **missing), EnsureChannelFirstd(both, **missing)]
     if spatial_size is not None and len(spatial_size) == 2:
         steps += [SliceAsPlaned(both, **missing)]
     steps += [CheckScand(both, label_keys=labels, channels=channels, **missing)]
@@ -122,7 +132,7 @@ def scan_transforms(
         steps += [FitWholed(both, spatial_size, labels, _PADDINGS[padding], **missing)]
     if windows is not None and images:
         steps += [ScaleWindowsd(images, windows, **missing)]
-    elif intensity == "percentile" and images:
+    elif intensity in ("percentile", "mri") and images:
         steps += [ScalePercentilesd(images, **missing)]
     elif intensity == "minmax" and images:
         steps += [ScaleIntensityd(images, minv=0.0, maxv=1.0, channel_wise=True, **missing)]
@@ -135,6 +145,11 @@ def scan_transforms(
     steps += [EnsureTyped(images, dtype=torch.float32, **missing)] if images else []
     steps += [EnsureTyped(labels, dtype=torch.int32, **missing)] if labels else []
     return Compose(steps)
+
+
+def intensity_window(intensity: str | Sequence[Any]) -> Sequence[Any] | None:
+    """The window or windows that an ``intensity`` of :func:`scan_transforms` stands for, None if it is none."""
+    return WINDOWS.get(intensity) if isinstance(intensity, str) else intensity
 
 
 def _windows(values: Sequence[Any], channels: int) -> list[tuple[float, float]]:

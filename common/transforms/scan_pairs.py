@@ -8,34 +8,65 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From the files of a pair to what a network sees: both scans on one grid that holds them."""
+"""From the files of a pair to what a network sees: both scans on one grid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from monai.data import MetaTensor
 from monai.transforms import Compose, Transform
 
-from common.io import pair_grid
-from common.io.label_maps import label_values, require_label_map
-from common.transforms.preprocessing import scan_transforms
+from common.io import Scan, check_labels, check_overlap, check_pair, load_image, load_label_map, pair_grid
+from common.io.label_maps import require_label_map
+from common.io.scans import affine_3d
+from common.transforms.grids import affine_of, onto_grid, spaced_grid
+from common.transforms.pair_alignment import FRAMES, PairAlignment
+from common.transforms.preprocessing import WINDOWS, intensity_window, scan_transforms
 from common.transforms.stacks import stack_transforms
 
 __all__ = ["LoadScanPaird"]
+
+logger = logging.getLogger(__name__)
+
+_ROLES = ("moving", "fixed")
 
 
 class LoadScanPaird(Transform):
     """Load the scans of a pair, each pair on a grid of its own.
 
-    Size and spacing of that grid follow from the pair's two headers (:func:`common.io.pair_grid`); the rest is the
-    standard preprocessing with the options below. Volumes are turned to RAS, slices and stacks are left as they lie.
+    Both lie on the fixed scan's grid, its axes turned to point right, anterior and superior: the fixed scan as it is,
+    the moving scan resampled once, where an affine map of the world places it. Slices keep their axes. With ``affine``
+    "frames", headers say sizes and spacing but not places: the frames of both scans are laid on each other, middle on
+    middle, and padded to one size (:func:`common.io.pair_grid`). So cohorts are evaluated.
+
+    Before any work the pair is looked at: what cannot be registered is refused, what is odd is logged as a warning
+    (:mod:`common.io.pair_checks`).
 
     Args:
-        intensity: as for :func:`common.transforms.scan_transforms`; stacks are windowed slice by slice whatever it is.
+        intensity: as for :func:`common.transforms.scan_transforms`, each scan by itself, before it is resampled: "mri",
+            "ct_lung", "ct_abdomen", "none", "percentile", "minmax" or a window; stacks are windowed slice by slice
+            whatever it is.
         padding: beyond a scan, ``"zeros"`` or ``"border"``.
         stacks: whether scans are stacks of slices that are registered one by one.
         label_map: what each value of label maps becomes, see :func:`common.transforms.scan_transforms`.
+        affine: "frames", or as for :class:`common.transforms.PairAlignment`: "affine", "rigid", "similarity", "centre",
+            "none" or files. Stacks take "none" or "frames", which are the same for them.
+        aligner: :func:`common.engines.register_affine`, for the first four.
+        affine_similarity: what it maximises.
+        spacing: voxel size in mm at which both are seen, one number or one along each of right, anterior and superior,
+            such as that of the scans that a network was trained on; None is the fixed scan's own.
+        device: where the affine map is sought.
+
+    Raises:
+        ValueError: for options that are wrong whatever the pair.
+        FileNotFoundError: for a file of ``affine`` that is not there.
     """
 
     def __init__(
@@ -44,38 +75,109 @@ class LoadScanPaird(Transform):
         padding: str = "zeros",
         stacks: bool = False,
         label_map: Mapping[int, int] | None = None,
+        affine: str | Path | Sequence[str | Path] = FRAMES,
+        aligner: Callable[..., Any] | None = None,
+        affine_similarity: str = "ncc",
+        spacing: float | Sequence[float] | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         self.intensity, self.padding, self.stacks, self.label_map = intensity, padding, stacks, label_map
-        self._steps(["moving"], [1, 1], None)  # Options that are wrong are so for every pair: say it now.
+        self.alignment = PairAlignment(affine, aligner, affine_similarity, device)
+        if stacks and (self.alignment.kind not in (FRAMES, "none") or spacing is not None):
+            raise ValueError(
+                f"slices of stacks are registered one to one as they lie: `affine` must be 'none' and `spacing` None, "
+                f"got {affine!r} and {spacing!r}"
+            )
+        self.spacing = spacing
+        self._spacing(3)  # Options that are wrong are so for every pair: say it now.
+        self._framed_steps(_ROLES, [1, 1], None)
+        self._steps(_ROLES, 2)
 
     def __call__(self, pair: Mapping[str, Any]) -> dict[str, Any]:
         """Replace files by what they hold.
 
         Args:
-            pair: files ``moving`` and ``fixed``; ``moving_label`` and ``fixed_label`` are loaded where both are there.
+            pair: files ``moving`` and ``fixed``; ``moving_label`` and ``fixed_label`` are loaded where both are there;
+                ``moving_frame`` and ``fixed_frame``, of 4-D scans, as for :func:`common.io.load_image`.
 
         Returns:
-            the pair with MetaTensors in place of these, images (1, *S) float32 and label maps (1, *S) int32.
+            the pair with MetaTensors in place of these, images (1, *S) float32 and label maps (1, *S) int32, whose
+            affines lead from the voxels that the network sees to the world of each file; ``timings`` (seconds by name:
+            ``load`` and, if one was sought or read, ``affine``); ``affine_matrix`` (d+1, d+1) float64, from the fixed
+            to the moving scan's world, except with "frames"; ``warnings``, a line each, if there are any.
 
         Raises:
             FileNotFoundError, ScanError: for a file that is missing or cannot be read.
-            ValueError: for two scans that cannot be registered, or a label map that is none or lies elsewhere.
+            PairError, ValueError: for two scans that cannot be registered, or a label map that is none.
+            GridError: for a label map that lies elsewhere than its scan.
         """
-        grid = pair_grid(pair["moving"], pair["fixed"], self.stacks)
-        labels = [role for role in ("moving", "fixed") if pair.get(f"{role}_label")]
-        for role in labels:
-            require_label_map(pair[role], pair[f"{role}_label"])
-        keys = ["moving", "fixed"]
-        if len(labels) == 2:
-            keys += ["moving_label", "fixed_label"]
-            for key in keys[2:]:
-                label_values(pair[key])
-        loaded = self._steps(keys, grid["spatial_size"], grid["spacing"])({key: pair[key] for key in keys})
-        return {**pair, **loaded}
+        began = time.perf_counter()
+        scans = {role: load_image(pair[role], pair.get(f"{role}_frame")) for role in _ROLES}
+        notes = self._look(scans)
+        maps = _label_maps(pair, scans)
+        notes += check_labels(list(scans.values()), list(maps.values())) if maps else []
+        framed = self.stacks or self.alignment.kind == FRAMES
+        matrix = None
+        if not framed:
+            matrix = self.alignment.known(scans["moving"], scans["fixed"])
+            notes += self._look_at_overlap(scans, matrix)
+        for note in notes:
+            logger.warning(note)
+        images = {role: _image(scan) for role, scan in scans.items()}
+        images |= {f"{role}_label": _image(scan) for role, scan in maps.items()}
+        loaded, spent = self._framed(scans, images) if framed else self._aligned(images, matrix)
+        timings = {"load": time.perf_counter() - began - sum(spent.values()), **spent}
+        about = {"warnings": "\n".join(notes)} if notes else {}
+        return {**pair, **loaded, **about, "timings": timings}
 
-    def _steps(self, keys: Sequence[str], size: Sequence[int], spacing: Sequence[float] | None) -> Compose:
+    def _look(self, scans: Mapping[str, Scan]) -> list[str]:
+        """Refuse, or list, what is wrong with two scans."""
+        window = None if self.stacks else intensity_window(self.intensity)
+        preset = isinstance(self.intensity, str) and self.intensity in WINDOWS
+        spacing = self._spacing(scans["fixed"].spatial_dims)
+        return check_pair(
+            scans["moving"], scans["fixed"], spacing=spacing, stacks=self.stacks, window=window, preset=preset
+        )
+
+    def _look_at_overlap(self, scans: Mapping[str, Scan], matrix: np.ndarray | None) -> list[str]:
+        start = np.eye(scans["fixed"].spatial_dims + 1) if matrix is None else matrix
+        source, later = self.alignment.source, matrix is None
+        return check_overlap(scans["moving"], scans["fixed"], start, source, later=later)
+
+    def _framed(self, scans: Mapping[str, Scan], images: Mapping[str, MetaTensor]) -> tuple[dict[str, Any], dict]:
+        """Both scans about their middles, padded to one size."""
+        spacing = self._spacing(scans["fixed"].spatial_dims)
+        grid = pair_grid(scans["moving"], scans["fixed"], self.stacks, spacing=spacing)
+        return self._framed_steps(list(images), grid["spatial_size"], grid["spacing"])(dict(images)), {}
+
+    def _aligned(
+        self, images: Mapping[str, MetaTensor], matrix: np.ndarray | None
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Both scans on the fixed one's grid; and how long finding the map took."""
+        dims = images["fixed"].ndim - 1
+        ready = self._steps(list(images), dims)(dict(images))
+        began = time.perf_counter()
+        matrix = self.alignment.find(ready["moving"], ready["fixed"]) if matrix is None else matrix
+        spent = {"affine": time.perf_counter() - began}
+        own = tuple(ready["fixed"].shape[1:]), affine_of(ready["fixed"])
+        grid = spaced_grid(*own, self._spacing(dims))
+        for key in images:
+            label = key.endswith("_label")
+            if key.startswith("moving"):
+                ready[key] = onto_grid(ready[key], *grid, matrix, label=label, padding=self.padding)
+            elif not np.array_equal(grid[1], own[1]):
+                # To its edge, a coarser grid may reach half a voxel beyond the outermost centres.
+                ready[key] = onto_grid(ready[key], *grid, np.eye(dims + 1), label=label, padding="border")
+        return {**ready, "affine_matrix": torch.from_numpy(matrix)}, spent
+
+    def _steps(self, keys: Sequence[str], dims: int) -> Compose:
+        """Turn, window and merge, without resampling."""
+        options: dict[str, Any] = {"intensity": self.intensity, "padding": self.padding, "label_map": self.label_map}
+        return scan_transforms(keys, orientation="RAS" if dims == 3 else None, load=False, **options)
+
+    def _framed_steps(self, keys: Sequence[str], size: Sequence[int], spacing: Sequence[float] | None) -> Compose:
         if self.stacks:
-            return stack_transforms(keys, size, spacing, padding=self.padding)
+            return stack_transforms(keys, size, spacing, padding=self.padding, load=False)
         return scan_transforms(
             keys,
             size,
@@ -84,4 +186,38 @@ class LoadScanPaird(Transform):
             intensity=self.intensity,
             padding=self.padding,
             label_map=self.label_map,
+            load=False,
         )
+
+    def _spacing(self, dims: int) -> list[float] | None:
+        """One number an axis.
+
+        Raises:
+            ValueError: for numbers that are none, not positive, or not as many as there are axes.
+        """
+        if self.spacing is None:
+            return None
+        given: Any = self.spacing
+        values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * dims
+        numbers = all(isinstance(value, (int, float)) and value > 0 for value in values)
+        if not numbers or len(values) not in (2, 3):
+            raise ValueError(f"spacing must be one number or one along each axis, in mm and above 0, got {given!r}")
+        return [float(value) for value in values]
+
+
+def _label_maps(pair: Mapping[str, Any], scans: Mapping[str, Scan]) -> dict[str, Scan]:
+    """The label maps of a pair that has both; a map alone is looked at, and not loaded."""
+    named = [role for role in _ROLES if pair.get(f"{role}_label")]
+    maps = {role: load_label_map(pair[f"{role}_label"], pair.get(f"{role}_frame")) for role in named}
+    if len(maps) == len(_ROLES):
+        return maps
+    for role, label in maps.items():
+        require_label_map(scans[role], label)
+    return {}
+
+
+def _image(scan: Scan) -> MetaTensor:
+    """(1, *S) float32, with what MONAI's own loader notes of a file."""
+    affine = torch.from_numpy(affine_3d(scan.affine))
+    meta = {"filename_or_obj": str(scan.path), "original_affine": affine.clone()}
+    return MetaTensor(torch.from_numpy(scan.array.astype(np.float32))[None], affine=affine, meta=meta)

@@ -80,6 +80,7 @@ def stack_transforms(
     slices: Sequence[float] | None = None,
     padding: str = "zeros",
     allow_missing_keys: bool = False,
+    load: bool = True,
 ) -> Compose:
     """Load, resample in plane, crop, window each slice by itself and pad stacks (X, Y, Z).
 
@@ -93,6 +94,7 @@ def stack_transforms(
         slices: parts of the height, in [0, 1): slice ``int(part * Z)`` of each; None is all.
         padding: beyond the frame of an image, "zeros" or "border"; label maps get 0.
         allow_missing_keys: whether items may lack some keys.
+        load: False where entries are MetaTensors (1, X, Y, Z) and no files.
 
     Returns:
         a transform of dictionaries: images (1, X, Y, Z) float32 in [0, 1], label maps (1, X, Y, Z) int32.
@@ -108,7 +110,9 @@ def stack_transforms(
     labels = [key for key in keys if "label" in key or "mask" in key]
     images = [key for key in keys if key not in labels]
     both, plane = [*images, *labels], (*spatial_size, -1)
-    steps: list[Any] = [LoadImaged(both, image_only=True, **missing), EnsureChannelFirstd(both, **missing)]
+    steps: list[Any] = []
+    if load:
+        steps += [LoadImaged(both, image_only=True, **missing), EnsureChannelFirstd(both, **missing)]
     steps += [CheckScand(both, label_keys=labels, **missing), SelectSlicesd(both, slices, **missing)]
     for group, mode, edge, dtype in (
         (images, "bilinear", "constant" if padding == "zeros" else "edge", torch.float32),

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.io import common_grid, pair_grid, save_image
+from common.io import Scan, common_grid, load_image, pair_grid, save_image
 
 
-def write(path: Path, shape: tuple[int, ...], spacing: tuple[float, ...] = (1.5, 1.5, 8.0)) -> Path:
+def write(path: Path, shape: tuple[int, ...], spacing: tuple[float, ...] = (1.5, 1.5, 8.0)) -> Scan:
     rng = np.random.default_rng(0)
-    return save_image(path, rng.random(shape).astype(np.float32), np.diag([*spacing[: len(shape)], 1.0]))
+    return load_image(save_image(path, rng.random(shape).astype(np.float32), np.diag([*spacing[: len(shape)], 1.0])))
 
 
 def test_stacks_meet_in_the_plane_that_holds_both(tmp_path: Path) -> None:
