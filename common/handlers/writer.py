@@ -8,27 +8,39 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a user takes home from a registration: the moved scan, the field and a picture, on the fixed scan's own grid."""
+"""What a user takes home from a registration: scans, transforms and a picture, on the grids of the user's files."""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
+from common import __version__
 from common.handlers.figures import registration_figure
 from common.handlers.output import claim_folder
-from common.io import PairFolders, Scan, load_image, require_label_map, save_field, save_image
-from common.io.fields import FIELD_FORMATS
-from common.spatial import affine_to_ddf, warp, warp_labels
-from common.spatial.world import field_on_grid
+from common.handlers.registered import RegisteredPair
+from common.handlers.results import (
+    FORMS,
+    as_image,
+    to_one_scale,
+    write_inverse,
+    write_jacobian,
+    write_map,
+    write_moved,
+    write_moved_label,
+    write_transform,
+)
+from common.io import PairFolders, Scan, require_label_map
+from common.io.pair_folders import write_measures
+from common.spatial import warp_scan
 
 __all__ = ["RegistrationWriter"]
 
@@ -40,26 +52,40 @@ _DRAWN_MAPS = ("weight_map", "uncertainty")
 class RegistrationWriter:
     """Write each registered pair of an evaluator to a folder.
 
-    The network saw reoriented, padded, normalised images; the files written here are on the grid of the fixed file,
-    and the moved scan is the moving file itself, interpolated once. A pair gets ``moved.nii.gz``, ``ddf.nii.gz`` (a
-    displacement field that ITK, ANTs and Slicer apply), ``registration.png``, ``metrics.json`` and, when the pair
-    names one, ``moved_label.nii.gz``. If the network also gives the inverse field, ``inverse_ddf.nii.gz`` and
-    ``inverse_moved.nii.gz``, the fixed scan brought back, lie on the grid of the moving file. A map that the network
-    gives, such as ``weight_map.nii.gz``, is resampled to the grid of the fixed file. Several pairs get a folder each,
-    ``<moving_id>_to_<fixed_id>``, or the one that ``folders`` has for their ``id``.
+    The network saw reoriented, padded, normalised images; the files written here are on the grids of the user's files.
+    On that of the fixed one:
 
+    - ``moved.nii.gz``, the moving file itself, interpolated once, and ``moved_label.nii.gz`` where the pair names a
+      ``moving_label``;
+    - ``ddf.nii.gz``, all of the motion as a displacement field that ITK, ANTs and Slicer apply, and ``transform.h5``,
+      ITK's composite, in which the affine map that the network started from is a part of its own;
+    - ``jacobian.nii.gz``, how much volume of the moving scan each unit of volume takes, 0 and less where the map folds;
+    - the network's maps, such as ``weight_map.nii.gz``;
+    - ``registration.png``, and at the very end ``metrics.json``.
+
+    On the grid of the moving file lie ``inverse_ddf.nii.gz`` and ``inverse_moved.nii.gz``, the fixed scan brought back;
+    ``inverse_transform.h5`` is the way back as a composite. The inverse is the network's own where it gives one, else a
+    numerical one, whose residual ``metrics.json`` has as ``inverse_residual_mm``. Beside each transform a JSON file of
+    the same name says in words what its numbers mean. Outside of a scan images have the value 0, or the scan's lowest
+    where that is negative.
+
+    Several pairs get a folder each, ``<moving_id>_to_<fixed_id>``, or the one that ``folders`` has for their ``id``.
     With ``folders`` a pair that cannot be written is no reason to stop: the output gets the reason as ``error``, for a
     table that is attached after this. A full disk or a folder that cannot be written to is one.
 
     Args:
         output_dir: folder, made and tried before the first pair.
         pairs: the pairs in the evaluator's order: ``moving`` and ``fixed`` are files, ``moving_label`` may be.
-        field_format: ``"itk"`` or ``"l2r"``, see :func:`common.io.save_field`.
+        field_format: the form of ``ddf.nii.gz``, ``"itk"`` or ``"l2r"`` (see :func:`common.io.save_field`), beside
+            which ``transform.h5`` is written; or a list of all forms to write, of these and ``"composite"``.
         maps: outputs of the network, (B, 1, \\*S) on the fixed grid, that become files where it gives them.
         folders: where the pairs of a list go, see :class:`common.io.PairFolders`.
+        inverse: ``"auto"`` as above, or ``"none"`` for no inverse.
+        bundle: the bundle's folder or name, for the JSON files.
 
     Raises:
-        ValueError: for an unknown format; when the evaluator starts, for a label map with fractional values.
+        ValueError: for an unknown format or kind of inverse; when the evaluator starts, for a label map with fractional
+            values.
         GridError: when the evaluator starts, for a label map that does not lie on its scan's grid.
         OSError: when the evaluator starts, for a folder that cannot be written to.
     """
@@ -68,17 +94,26 @@ class RegistrationWriter:
         self,
         output_dir: str | Path,
         pairs: Sequence[Mapping[str, Any]],
-        field_format: str = "itk",
+        field_format: str | Sequence[str] = "itk",
         maps: Sequence[str] = ("weight_map",),
         folders: PairFolders | None = None,
+        inverse: str = "auto",
+        bundle: str | Path | None = None,
     ) -> None:
-        if field_format not in FIELD_FORMATS:
-            raise ValueError(f"unknown field_format '{field_format}', expected one of {list(FIELD_FORMATS)}")
+        self.forms = _forms(field_format)
+        if inverse not in ("auto", "none"):
+            raise ValueError(f"unknown inverse '{inverse}', expected 'auto' or 'none'")
         self.output_dir = Path(output_dir)
         self.pairs = {_name(pair): pair for pair in pairs}
         self.folders = folders
-        self.field_format = field_format
         self.maps = tuple(maps)
+        self.inverse = inverse
+        self.made_by = {"made_by": f"WarpZoo {__version__}", **_bundle(bundle)}
+
+    @property
+    def field_format(self) -> str:
+        """The form of ``ddf.nii.gz``."""
+        return next((form for form in self.forms if form != "composite"), "itk")
 
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
@@ -101,11 +136,9 @@ class RegistrationWriter:
             return
         for item, names in enumerate(zip(output["moving_id"], output["fixed_id"], strict=True)):
             folder = self.output_dir if len(self.pairs) == 1 else self.output_dir / "_to_".join(names)
-            self._write(folder, self.pairs["_to_".join(names)], output, item)
-            metrics = {k: [None if v != v else v for v in row] for k, row in _measured(output, item).items()}
-            # JSON has no NaN: what could not be measured is null.
-            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-            logger.info("wrote %s", folder)
+            (folder / "metrics.json").unlink(missing_ok=True)
+            about = self._write(folder, RegisteredPair(self.pairs["_to_".join(names)], output, item))
+            write_measures(folder, _measured(output, item), about)
 
     def _write_listed(self, folders: PairFolders, output: dict[str, Any]) -> None:
         for item, name in enumerate(output["id"]):
@@ -115,105 +148,84 @@ class RegistrationWriter:
                 continue
             try:
                 folders.restart(name)
-                self._write(folders.of(name), self.pairs[name], output, item)
-                folders.finish(self.pairs[name], _measured(output, item))
-                logger.info("wrote %s", folders.of(name))
+                about = self._write(folders.of(name), RegisteredPair(self.pairs[name], output, item))
+                folders.finish(self.pairs[name], _measured(output, item), about)
             except OSError:
                 raise
             except Exception as error:
                 output["error"] = [str(error) or repr(error)] * len(output["id"])
 
-    def _write(self, folder: Path, pair: Mapping[str, Any], output: Mapping[str, Any], item: int) -> None:
-        moving, fixed = load_image(pair["moving"]), load_image(pair["fixed"])
-        seen = output["ddf"][item : item + 1]
-        old = output["fixed_affine"][item], output["moving_affine"][item]
-        new = fixed.array.shape, torch.from_numpy(fixed.affine), torch.from_numpy(moving.affine)
-        ddf, start = field_on_grid(seen, *old, *new), field_on_grid(torch.zeros_like(seen), *old, *new)
-        image = _image(moving, seen.device)
-        moved = warp(image, ddf, padding="zeros")
+    def _write(self, folder: Path, found: RegisteredPair) -> dict[str, Any]:
+        """Write everything but ``metrics.json``; returns what that has to say beside the measures."""
+        began = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
-        save_image(folder / "moved.nii.gz", moved[0, 0].cpu().numpy(), fixed.affine_3d)
-        save_field(folder / "ddf.nii.gz", ddf, fixed.affine_3d, moving.affine_3d, fmt=self.field_format)
-        if "inverse_ddf" in output:
-            inverse = output["inverse_ddf"][item : item + 1]
-            _write_inverse(folder, inverse, old, (moving, fixed), self.field_format)
-        maps = self._write_maps(folder, pair, output, item, (moving, fixed))
-        # Before registration: where the network met the moving scan, which is the centres of both grids together.
-        before = warp(image, start, padding="zeros")
-        old_image, new_image = _to_one_scale(image, before, moved)
-        target = _image(fixed, seen.device)
-        (target,) = _to_one_scale(target, target)
-        labels: dict[str, Any] = _moved_labels(folder, pair, ddf, start, fixed) if pair.get("moving_label") else {}
-        view = {**labels, **maps, **_view(fixed)}
-        figure = registration_figure(old_image[0], target[0], new_image[0], ddf[0], **view)
-        figure.savefig(folder / "registration.png", dpi=110)
+        image, moved = write_moved(folder, found)
+        residual = self._write_transforms(folder, found)
+        write_jacobian(folder, found)
+        maps = self._write_maps(folder, found)
+        start = found.start()
+        labels = write_moved_label(folder, found, start)
+        before = warp_scan(image, start)
+        del image, start
+        _draw(folder, found, before, moved, {**labels, **maps})
+        timings = _timings(found) | {"write": time.perf_counter() - began}
+        logger.info("wrote %s in %.1f s", folder, timings["write"])
+        about: dict[str, Any] = {"timings": {name: round(seconds, 3) for name, seconds in timings.items()}}
+        return about if residual is None else {**about, "inverse_residual_mm": residual}
 
-    def _write_maps(
-        self,
-        folder: Path,
-        pair: Mapping[str, Any],
-        output: Mapping[str, Any],
-        item: int,
-        scans: tuple[Scan, Scan],
-    ) -> dict[str, Any]:
+    def _write_transforms(self, folder: Path, found: RegisteredPair) -> float | None:
+        """Write the ways there and back; returns the residual of a numerical inverse, in mm."""
+        files = {f"{role}_file": str(scan.path) for role, scan in (("fixed", found.fixed), ("moving", found.moving))}
+        about = {**files, **self.made_by}
+        transform = found.transform()
+        write_transform(folder, found, transform, self.forms, about)
+        return write_inverse(folder, found, transform, self.forms, about) if self.inverse == "auto" else None
+
+    def _write_maps(self, folder: Path, found: RegisteredPair) -> dict[str, Any]:
         """Write what the network says beside the field, on the grid of the fixed file; a subclass may write more.
 
         Args:
             folder: where to.
-            pair: the files.
-            output: the evaluator's, of a batch.
-            item: which of the batch.
-            scans: moving and fixed.
+            found: the pair; ``found.output`` is the evaluator's, of a batch, and ``found.item`` which of it.
 
         Returns:
             keywords of :func:`registration_figure` for the maps that it draws.
         """
-        given = {name: output[name][item : item + 1] for name in self.maps if name in output}
-        affine = output["fixed_affine"][item]
-        maps = {name: _write_map(folder, name, seen, affine, scans[1]) for name, seen in given.items()}
+        given = {name: found.output[name][found.item : found.item + 1] for name in self.maps if name in found.output}
+        maps = {name: write_map(folder, name, found, seen) for name, seen in given.items()}
         return {name: maps[name] for name in _DRAWN_MAPS if name in maps}
 
 
-def _write_inverse(
-    folder: Path, seen: Tensor, affines: tuple[Tensor, Tensor], scans: tuple[Scan, Scan], field_format: str
-) -> None:
-    """Write the inverse field and the fixed scan that it moves on the moving scan's grid.
-
-    Args:
-        folder: where to.
-        seen: (1, d, *S), as the network gave it.
-        affines: of the fixed and of the moving image that the network saw.
-        scans: moving and fixed.
-        field_format: of the field.
-    """
-    (fixed_affine, moving_affine), (moving, fixed) = affines, scans
-    grids = torch.from_numpy(moving.affine), torch.from_numpy(fixed.affine)
-    field = field_on_grid(seen, moving_affine, fixed_affine, moving.array.shape, *grids)
-    back = warp(_image(fixed, seen.device), field, padding="zeros")
-    save_field(folder / "inverse_ddf.nii.gz", field, moving.affine_3d, fixed.affine_3d, fmt=field_format)
-    save_image(folder / "inverse_moved.nii.gz", back[0, 0].cpu().numpy(), moving.affine_3d)
+def _draw(folder: Path, found: RegisteredPair, before: Tensor, moved: Tensor, more: Mapping[str, Any]) -> None:
+    """``registration.png``: ``before`` is the moving scan where the network met it, (1, 1, \\*S)."""
+    old, new = to_one_scale(before, before, moved)
+    target = as_image(found.fixed, found.device)
+    (target,) = to_one_scale(target, target)
+    figure = registration_figure(old[0], target[0], new[0], found.ddf[0], **more, **_view(found.fixed))
+    figure.savefig(folder / "registration.png", dpi=110)
 
 
-def _write_map(folder: Path, name: str, seen: Tensor, affine: Tensor, fixed: Scan) -> Tensor:
-    """Resample a map (1, 1, *S) from the fixed grid that the network saw to that of the file; write it, (1, *S)."""
-    to_seen = torch.linalg.solve(affine.double().cpu(), torch.from_numpy(fixed.affine)).float()
-    on_file = warp(seen.float(), affine_to_ddf(to_seen, fixed.array.shape).to(seen.device))[0]
-    save_image(folder / f"{name}.nii.gz", on_file[0].cpu().numpy(), fixed.affine_3d)
-    return on_file
+def _view(scan: Scan) -> dict[str, Any]:
+    return {"affine": scan.affine_3d} if scan.spatial_dims == 3 else {"spacing": scan.spacing}
 
 
-def _moved_labels(folder: Path, pair: Mapping[str, Any], ddf: Tensor, start: Tensor, fixed: Scan) -> dict[str, Tensor]:
-    """Write the label map of the moving scan on the fixed grid; return it before and after, for the picture."""
-    volume = torch.from_numpy(load_image(pair["moving_label"]).array.astype("int32"))[None, None].to(ddf.device)
-    before, after = (warp_labels(volume, field, padding="zeros")[0] for field in (start, ddf))
-    save_image(folder / "moved_label.nii.gz", after[0].cpu().numpy(), fixed.affine_3d)
-    return {"moving_label": before, "moved_label": after}
+def _forms(field_format: str | Sequence[str]) -> tuple[str, ...]:
+    """A single form of a field has the composite beside it."""
+    forms = dict.fromkeys([field_format, "composite"] if isinstance(field_format, str) else field_format)
+    unknown = [form for form in forms if form not in FORMS]
+    if unknown or not forms:
+        raise ValueError(f"unknown field_format {unknown}, expected one of {list(FORMS)}, or a list of them")
+    return tuple(forms)
 
 
-def _to_one_scale(reference: Tensor, *images: Tensor) -> list[Tensor]:
-    """Bring percentiles of the reference to 0 and 1, so that scans of different range can be compared by eye."""
-    low, high = (float(value) for value in np.percentile(reference.cpu().numpy(), (0.5, 99.5)))
-    return [((image - low) / max(high - low, 1e-12)).clamp(0, 1) for image in images]
+def _bundle(bundle: str | Path | None) -> dict[str, str]:
+    """Name and version, of a bundle's folder; only the name where there is no such folder."""
+    if bundle is None:
+        return {}
+    metadata = Path(bundle) / "configs/metadata.json"
+    version = json.loads(metadata.read_text(encoding="utf-8")).get("version") if metadata.is_file() else None
+    name = Path(bundle).resolve().name
+    return {"bundle": name} if version is None else {"bundle": f"{name} {version}"}
 
 
 def _name(pair: Mapping[str, Any]) -> str:
@@ -224,9 +236,8 @@ def _measured(output: Mapping[str, Any], item: int) -> dict[str, list[float]]:
     return {name: values[item].tolist() for name, values in output["metrics"].items()}
 
 
-def _image(scan: Scan, device: torch.device) -> Tensor:
-    return torch.from_numpy(scan.array.astype("float32"))[None, None].to(device)
-
-
-def _view(scan: Scan) -> dict[str, Any]:
-    return {"affine": scan.affine_3d} if scan.spatial_dims == 3 else {"spacing": scan.spacing}
+def _timings(found: RegisteredPair) -> dict[str, float]:
+    """Seconds of the stages before this one, of this pair: numbers, or one for each pair of the batch."""
+    stages: Mapping[str, Any] = found.output.get("timings") or {}
+    rows = {name: torch.as_tensor(value).reshape(-1) for name, value in stages.items()}
+    return {name: float(row[found.item] if len(row) > 1 else row[0]) for name, row in rows.items()}

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from common.handlers import RegistrationWriter
-from common.io import Scan, load_image, save_field, save_image
+from common.handlers.registered import RegisteredPair
+from common.io import load_image, save_field, save_image
 from common.io.fields import field_to_lps
 from common.spatial import warp_labels
-from common.spatial.world import field_on_grid
 
 from .uncertainty import label_disagreement
 
@@ -46,25 +46,18 @@ class UncertaintyWriter(RegistrationWriter):
     size of the voxels that the network saw. The arguments are those of the class that it extends.
     """
 
-    def _write_maps(
-        self,
-        folder: Path,
-        pair: Mapping[str, Any],
-        output: Mapping[str, Any],
-        item: int,
-        scans: tuple[Scan, Scan],
-    ) -> dict[str, Any]:
-        drawn = super()._write_maps(folder, pair, output, item, scans)
-        if output.get("ddf_samples") is None:
+    def _write_maps(self, folder: Path, found: RegisteredPair) -> dict[str, Any]:
+        drawn = super()._write_maps(folder, found)
+        if found.output.get("ddf_samples") is None:
             return drawn
-        fixed, source = scans[1], _label(pair)
+        moving, fixed, source = found.moving, found.fixed, _label(found.pair)
         shape = (fixed.spatial_dims, *fixed.array.shape)
         mean, millimetres, squares = (np.zeros(shape) for _ in range(3))
         labels: list[Tensor] = []
-        samples = output["ddf_samples"][item].split(1)
+        samples = found.output["ddf_samples"][found.item].split(1)
         for sample in samples:
-            ddf = _on_file(sample, output, item, scans)
-            moved = field_to_lps(ddf[0].cpu().numpy(), fixed.affine, scans[0].affine)
+            ddf = found.on_files(sample)
+            moved = field_to_lps(ddf[0].cpu().numpy(), fixed.affine, moving.affine)
             mean += ddf[0].double().cpu().numpy() / len(samples)
             millimetres += moved / len(samples)
             squares += moved**2 / len(samples)
@@ -73,20 +66,13 @@ class UncertaintyWriter(RegistrationWriter):
         std = np.sqrt(np.maximum(squares - millimetres**2, 0)).astype(np.float32)
         total = np.sqrt(np.square(std).sum(0))
         save_image(folder / "uncertainty.nii.gz", total, fixed.affine_3d)
-        save_field(folder / "mean_ddf.nii.gz", mean, fixed.affine_3d, scans[0].affine_3d, fmt=self.field_format)
+        save_field(folder / "mean_ddf.nii.gz", mean, fixed.affine_3d, moving.affine_3d, fmt=self.field_format)
         # Learn2Reg's form is no more than an array with the channel last.
         save_field(folder / "std_ddf.nii.gz", std, fixed.affine_3d, fmt="l2r")
         if labels:
             spread = label_disagreement(torch.stack(labels))[0].cpu().numpy()
             save_image(folder / "label_uncertainty.nii.gz", spread, fixed.affine_3d)
         return drawn | {"uncertainty": torch.from_numpy(total)[None], "uncertainty_unit": "mm"}
-
-
-def _on_file(seen: Tensor, output: Mapping[str, Any], item: int, scans: tuple[Scan, Scan]) -> Tensor:
-    """A field (1, d, *S) on the grids of the files."""
-    moving, fixed = scans
-    old = output["fixed_affine"][item], output["moving_affine"][item]
-    return field_on_grid(seen, *old, fixed.array.shape, torch.from_numpy(fixed.affine), torch.from_numpy(moving.affine))
 
 
 def _label(pair: Mapping[str, Any]) -> Tensor | None:

@@ -45,24 +45,32 @@ def register(
     pair: dict[str, Any],
     *,
     shift: float = 1.0,
-    inverse: bool = False,
+    inverse: bool | str = "auto",
     weight: torch.Tensor | None = None,
+    ddf: torch.Tensor | None = None,
+    timings: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[int]:
-    """Write a shift along the first axis (its inverse, a map); returns how many batches were processed."""
+    """Write a shift along the first axis, or a field; returns how many batches were processed.
+
+    ``inverse`` true has the network give one; a string is an option of the writer.
+    """
     processed: list[int] = []
 
     def step(engine: Engine, batch: Any) -> dict[str, Any]:
         processed.append(batch)
         measured = {"dice": torch.tensor([[0.5, float("nan")]])}
-        ddf = torch.zeros(1, 3, *SHAPE)
-        ddf[:, 0] = shift
+        field = torch.zeros(1, 3, *SHAPE)
+        field[:, 0] = shift
+        field = field if ddf is None else ddf
         grids = {name: torch.eye(4, dtype=torch.float64)[None] for name in ("fixed_affine", "moving_affine")}
-        fields = {"ddf": ddf, "inverse_ddf": -ddf} if inverse else {"ddf": ddf}
+        fields: dict[str, Any] = {"ddf": field, "inverse_ddf": -field} if inverse is True else {"ddf": field}
         fields |= {} if weight is None else {"weight_map": weight}
+        fields |= {} if timings is None else {"timings": timings}
         return {"moving_id": ["moving"], "fixed_id": ["fixed"], "metrics": measured, **fields, **grids}
 
     engine = Engine(step)
+    options |= {"inverse": inverse} if isinstance(inverse, str) else {}
     RegistrationWriter(folder, [pair], **options).attach(engine)
     try:
         engine.run([0])
@@ -80,7 +88,9 @@ def test_files_hold_the_shifted_scan_and_label_and_the_field(pair: dict[str, Any
     assert np.array_equal(moved_label[:-1], label[1:]) and not moved_label[-1].any()
     ddf = load_field(tmp_path / "out/ddf.nii.gz", fmt="l2r")
     assert torch.allclose(ddf[0, 0], torch.ones(SHAPE)) and not ddf[0, 1:].any()
-    assert json.loads((tmp_path / "out/metrics.json").read_text()) == {"dice": [0.5, None]}
+    said = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert said["dice"] == [0.5, None] and set(said) == {"dice", "timings", "inverse_residual_mm"}
+    assert said["timings"].keys() == {"write"} and said["inverse_residual_mm"] < 1e-3
 
 
 def test_the_inverse_lies_on_the_moving_grid(pair: dict[str, Any], tmp_path: Path) -> None:
@@ -112,9 +122,80 @@ def test_a_map_lies_on_the_grid_of_the_fixed_file(pair: dict[str, Any], tmp_path
     assert not (tmp_path / "none/weight_map.nii.gz").exists()
 
 
-def test_without_an_inverse_none_is_written(pair: dict[str, Any], tmp_path: Path) -> None:
-    register(tmp_path / "out", pair)
-    assert not list((tmp_path / "out").glob("inverse*")) and not (tmp_path / "out/weight_map.nii.gz").exists()
+WAY_THERE = {"ddf.nii.gz", "ddf.json", "transform.h5", "transform.json"}
+WAY_BACK = {f"inverse_{name}" for name in (*WAY_THERE, "moved.nii.gz")}
+ALWAYS = {"moved.nii.gz", "moved_label.nii.gz", "jacobian.nii.gz", "registration.png", "metrics.json"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ALWAYS | WAY_THERE | WAY_BACK),
+        ({"inverse": "none"}, ALWAYS | WAY_THERE),
+        ({"inverse": "none", "field_format": ["itk"]}, ALWAYS | {"ddf.nii.gz", "ddf.json"}),
+        ({"inverse": "none", "field_format": ["composite"]}, ALWAYS | {"transform.h5", "transform.json"}),
+        ({"inverse": "none", "field_format": "l2r"}, ALWAYS | WAY_THERE),
+        (
+            {"inverse": "none", "field_format": ["itk", "l2r"]},
+            ALWAYS | {"ddf.nii.gz", "ddf.json", "ddf_l2r.nii.gz", "ddf_l2r.json"},
+        ),
+    ],
+)
+def test_as_much_is_written_as_was_asked_for(
+    pair: dict[str, Any], tmp_path: Path, options: dict[str, Any], expected: set[str]
+) -> None:
+    register(tmp_path / "out", pair, **options)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+
+
+def test_what_is_known_of_a_pair_is_said_beside_the_transform(pair: dict[str, Any], tmp_path: Path) -> None:
+    bundle = tmp_path / "some_bundle"
+    (bundle / "configs").mkdir(parents=True)
+    (bundle / "configs/metadata.json").write_text('{"version": "1.2.3"}')
+    register(tmp_path / "out", pair, bundle=bundle)
+    for name in ("ddf", "transform", "inverse_ddf", "inverse_transform"):
+        said = json.loads((tmp_path / f"out/{name}.json").read_text())
+        assert said["fixed_file"] == str(pair["fixed"]) and said["moving_file"] == str(pair["moving"]), name
+        assert said["fixed_shape"] == said["moving_shape"] == list(SHAPE) and said["bundle"] == "some_bundle 1.2.3"
+        assert said["units"] == "mm" and said["axes"] == "LPS" and np.allclose(said["moving_affine_ras"], np.eye(4))
+        there = "inverse" not in name
+        assert said["direction"].startswith("fixed to moving: moved(x)" if there else "moving to fixed: inverse_moved(")
+        assert there or (said["inversion"].startswith("numerical") and said["residual_mm"] < 1e-3)
+    register(tmp_path / "own", pair, inverse=True)
+    said = json.loads((tmp_path / "own/inverse_ddf.json").read_text())
+    assert "by the method" in said["inversion"] and "residual_mm" not in said
+    assert "inverse_residual_mm" not in json.loads((tmp_path / "own/metrics.json").read_text())
+
+
+def test_seconds_of_the_stages_are_those_of_the_pair(pair: dict[str, Any], tmp_path: Path) -> None:
+    timings = {"load": torch.tensor([1.5, 2.0]), "network": 0.25}
+    register(tmp_path / "out", pair, timings=timings)
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["timings"]
+    assert found["load"] == 1.5 and found["network"] == 0.25 and found["write"] > 0
+
+
+@pytest.mark.parametrize(("lowest", "outside"), [(-1000.0, -1000.0), (0.0, 0.0), (7.0, 0.0)])
+def test_outside_of_a_scan_is_air(pair: dict[str, Any], tmp_path: Path, lowest: float, outside: float) -> None:
+    array = np.full(SHAPE, lowest, np.float32)
+    array[4] += 50
+    scan(pair["moving"], array)
+    register(tmp_path / "out", {k: v for k, v in pair.items() if k != "moving_label"}, shift=1.5)
+    moved = load_image(tmp_path / "out/moved.nii.gz").array
+    # Row 7 lies half a voxel beyond the last one.
+    assert np.allclose(moved[8], outside) and np.allclose(moved[7], (lowest + outside) / 2)
+    assert np.allclose(moved[3], lowest + 25) and np.allclose(moved[2], lowest + 25)
+
+
+def test_a_field_that_folds_has_no_inverse_and_that_is_said(
+    pair: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folding = torch.zeros(1, 3, *SHAPE)
+    folding[:, 0, 4], folding[:, 0, 5] = 3.0, -3.0
+    register(tmp_path / "out", pair, ddf=folding)
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "no good inverse" in warned and str(tmp_path / "out") in warned
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["inverse_residual_mm"] > 0.25
+    assert load_image(tmp_path / "out/jacobian.nii.gz").array.min() < 0
 
 
 def test_a_label_on_another_grid_is_refused(pair: dict[str, Any], tmp_path: Path) -> None:
@@ -135,8 +216,11 @@ def test_a_folder_that_cannot_be_made_is_named(pair: dict[str, Any], tmp_path: P
 
 
 def test_an_unknown_format_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'itkk', expected one of \['itk', 'l2r'\]"):
-        RegistrationWriter(tmp_path, [], field_format="itkk")
+    for forms in ("itkk", ["itk", "itkk"]):
+        with pytest.raises(ValueError, match=r"field_format \['itkk'\], expected one of \['itk', 'l2r', 'composite'\]"):
+            RegistrationWriter(tmp_path, [], field_format=forms)
+    with pytest.raises(ValueError, match="unknown inverse 'exact', expected 'auto' or 'none'"):
+        RegistrationWriter(tmp_path, [], inverse="exact")
 
 
 def test_the_picture_compares_scans_of_different_range(pair: dict[str, Any], tmp_path: Path) -> None:
@@ -187,6 +271,6 @@ def test_a_full_disk_ends_a_list(pair: dict[str, Any], tmp_path: Path, monkeypat
     def save(*arguments: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("common.handlers.writer.save_image", save)
+    monkeypatch.setattr("common.handlers.results.save_image", save)
     with pytest.raises(OSError, match="no space left"):
         write_listed(tmp_path / "out", {**pair, "id": "x"}, ddf=torch.zeros(1, 3, *SHAPE))

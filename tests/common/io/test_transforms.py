@@ -27,33 +27,13 @@ from common.io import (
     Scan,
     TransformError,
     grid_of,
-    load_image,
     load_transform,
     load_transforms,
     save_field,
-    save_image,
     save_transform,
 )
 from common.spatial import Affine, Displacement, Grid, SpatialTransform, warp
-
-ORIENTATIONS = ("RAS", "LAS", "LPS", "oblique")
-SHAPES = {2: ((23, 19), (20, 25)), 3: ((17, 19, 13), (15, 16, 18))}
-SPACINGS = {2: ((1.5, 0.75), (1.0, 1.25)), 3: ((1.5, 1.0, 2.0), (1.25, 1.5, 1.0))}
-
-
-def placement(orientation: str, shape: tuple[int, ...], spacing: tuple[float, ...], centre: float) -> np.ndarray:
-    """A voxel-to-RAS affine whose field of view is centred at ``centre`` mm on each axis."""
-    d = len(shape)
-    signs = {"RAS": (1, 1, 1), "LAS": (-1, 1, 1), "LPS": (-1, -1, 1), "oblique": (1, 1, 1)}[orientation]
-    rotation = np.diag(signs[:d]).astype(float)
-    if orientation == "oblique":
-        wobble = np.random.default_rng(5).standard_normal((d, d))
-        rotation = np.linalg.qr(np.eye(d) + 0.4 * (wobble - wobble.T))[0]
-        rotation *= np.sign(np.diag(rotation))
-    affine = np.eye(d + 1)
-    affine[:d, :d] = rotation * spacing
-    affine[:d, d] = centre - affine[:d, :d] @ ((np.array(shape) - 1) / 2)
-    return affine
+from tests.itk_oracle import MATRIX, NAMES, by_itk, inner_points, itk_transform, lps, ours, two_scans
 
 
 @dataclass
@@ -68,16 +48,9 @@ class Case:
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    orientation, d = request.param
-    other = ORIENTATIONS[(ORIENTATIONS.index(orientation) + 1) % 4]
     rng = np.random.default_rng(3)
-    scans = []
-    for name, turn, shape, spacing, centre in zip(
-        ("fixed", "moving"), (orientation, other), SHAPES[d], SPACINGS[d], (4.0, 5.0), strict=True
-    ):
-        array = gaussian_filter(rng.random(shape), 1.0).astype(np.float32)
-        save_image(tmp_path / f"{name}.nii.gz", array, placement(turn, shape, spacing, centre))
-        scans.append(load_image(tmp_path / f"{name}.nii.gz"))
+    orientation, d = request.param
+    scans = two_scans(tmp_path, orientation, d, rng)
     grid = grid_of(scans[0])
     field = np.stack([gaussian_filter(rng.standard_normal(grid.shape), 3.0) for _ in range(d)])
     field *= 1.5 / np.abs(field).max()
@@ -88,81 +61,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     return Case(scans[0], scans[1], SpatialTransform(parts), tmp_path)
 
 
-MATRIX = [(orientation, d) for d in (2, 3) for orientation in ORIENTATIONS]
-NAMES = [f"{orientation}-{d}D" for orientation, d in MATRIX]
 golden = pytest.mark.parametrize("case", MATRIX, ids=NAMES, indirect=True)
-
-
-def ours(transform: SpatialTransform, moving: Scan, fixed: Scan) -> tuple[np.ndarray, np.ndarray]:
-    """The moved image, and where it was read from inside of the scan, by parts of the chain that reach so far.
-
-    Beyond a field's grid ITK moves nothing, where ours keeps the border's displacement; by rounding, it takes some of
-    the outermost voxels to lie beyond.
-    """
-    ddf = transform.ddf(grid_of(fixed), grid_of(moving))
-    moved = warp(torch.from_numpy(moving.array)[None, None], ddf, padding="zeros")[0, 0].numpy()
-    read = np.indices(fixed.array.shape) + ddf[0].numpy()
-    last = np.array(moving.array.shape).reshape(-1, *[1] * len(moving.array.shape)) - 1
-    inside = ((read > 0.01) & (read < last - 0.01)).all(0)
-    if isinstance(transform.parts[-1], Displacement):
-        first, field = SpatialTransform(transform.parts[:-1]), transform.parts[-1].grid
-        met = first.ddf(grid_of(fixed), field)[0].numpy() + np.indices(fixed.array.shape)
-        inside &= ((met > 0) & (met < np.array(field.shape).reshape(-1, *[1] * len(field.shape)) - 1)).all(0)
-    return moved, inside & np.pad(np.ones([n - 2 for n in inside.shape], bool), 1)
-
-
-def by_itk(transform: itk.Transform, moving: Scan, fixed: Scan) -> np.ndarray:
-    """The moved image of ITK, which reads the same files."""
-    d = fixed.spatial_dims
-    kind = itk.Image[itk.F, d]
-    reference, source = (_read(scan) for scan in (fixed, moving))
-    resampler = itk.ResampleImageFilter[kind, kind].New(
-        source, Transform=transform, UseReferenceImage=True, ReferenceImage=reference
-    )
-    resampler.SetInterpolator(itk.LinearInterpolateImageFunction[kind, itk.D].New())
-    resampler.Update()
-    return np.array(itk.array_from_image(resampler.GetOutput()).T)
-
-
-def _read(scan: Scan) -> itk.Image:
-    """ITK reads (x, y, 1) as a volume; as a plane it keeps the in-plane part of the header."""
-    volume = itk.imread(str(scan.path), itk.F)
-    if scan.spatial_dims == 3:
-        return volume
-    plane = itk.image_from_array(itk.array_from_image(volume)[0].copy())
-    plane.SetSpacing(list(volume.GetSpacing())[:2])
-    plane.SetOrigin(list(volume.GetOrigin())[:2])
-    plane.SetDirection(itk.matrix_from_array(np.asarray(volume.GetDirection())[:2, :2].copy()))
-    return plane
-
-
-def itk_transform(path: Path, d: int) -> itk.Transform:
-    """What ITK makes of a file of ours."""
-    if path.name.endswith(".nii.gz"):
-        vectors = itk.imread(str(path), itk.Vector[itk.F, d])
-        # Resampling wants a transform of doubles.
-        array = np.ascontiguousarray(itk.array_from_image(vectors), dtype=np.float64)
-        image = itk.PyBuffer[itk.Image[itk.Vector[itk.D, d], d]].GetImageViewFromArray(array, True)
-        image.SetOrigin(vectors.GetOrigin())
-        image.SetSpacing(vectors.GetSpacing())
-        image.SetDirection(vectors.GetDirection())
-        transform = itk.DisplacementFieldTransform[itk.D, d].New()
-        transform.SetDisplacementField(image)
-        transform.seen = array  # ITK does not own these numbers
-        return transform
-    (transform,) = itk.transformread(str(path))
-    return transform
-
-
-def lps(points: np.ndarray) -> np.ndarray:
-    return points * np.array([-1.0, -1.0, 1.0][: points.shape[1]])
-
-
-def inner_points(scan: Scan, count: int = 12) -> np.ndarray:
-    """RAS mm, in the inner half of a scan."""
-    shape = np.array(scan.array.shape)
-    voxels = np.random.default_rng(7).uniform(0.3, 0.7, (count, len(shape))) * (shape - 1)
-    return voxels @ scan.affine[:-1, :-1].T + scan.affine[:-1, -1]
 
 
 @golden
