@@ -20,6 +20,7 @@ from common.engines.network import FieldsModule, autocast, distribute, seed_ever
 from common.engines.pairs_evaluator import PairsEvaluator
 from common.engines.pretrained import load_pretrained_encoder
 from common.engines.ranks import join_ranks, leave_ranks
+from common.engines.refinement import Refined, Refinement
 from common.engines.trainer import NonFiniteLossError, RegistrationTrainer, prepare_pair
 from common.engines.values import PairValues, stack_pair
 
@@ -30,6 +31,8 @@ __all__ = [
     "NonFiniteLossError",
     "PairValues",
     "PairsEvaluator",
+    "Refined",
+    "Refinement",
     "RegistrationEvaluator",
     "RegistrationTrainer",
     "autocast",

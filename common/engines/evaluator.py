@@ -102,6 +102,7 @@ class RegistrationEvaluator(SupervisedEvaluator):
             with autocast(self.state.device, self.precision):
                 fields = self.inferer(image, self.network)
             taken = (_now(image.device) - start) / len(image)
+            fields = self._continued(fields, batch)
             values = PairValues(batch, {**fields, "seconds": image.new_full((len(image), 1), taken)}, self.labels)
             measured = self.metrics(values)
             _ = values["moved"]  # pictures and writers want it, whatever was measured
@@ -111,6 +112,10 @@ class RegistrationEvaluator(SupervisedEvaluator):
         self.fire_event(IterationEvents.FORWARD_COMPLETED)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return output
+
+    def _continued(self, fields: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What becomes of the network's fields before anything is measured; a subclass may go on from them."""
+        return fields
 
     def _aggregate(self) -> None:
         """Average over all pairs, and remember the best value of the key metric."""

@@ -16,7 +16,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from common.engines.evaluator import RegistrationEvaluator
+from common.engines.refinement import Refinement
 
 __all__ = ["PairsEvaluator"]
 
@@ -26,30 +29,71 @@ _NAMES = ("moving_id", "fixed_id", "id")
 
 
 class PairsEvaluator(RegistrationEvaluator):
-    """Register what there is to register.
+    """Register what there is to register, and go on from the network's field where that is asked for.
 
     A batch without images, which is how :class:`common.data.ScanPairs` says that a pair was registered before or cannot
     be loaded, passes through as output with no ``metrics``. Its other arguments are those of the class it extends.
 
+    The output has ``timings``, a dictionary of seconds: those that the batch came with (means over its pairs), of the
+    ``network`` and, with refinement, of ``refine``. Then it also has ``refinement``, a dictionary of numbers
+    (:meth:`common.engines.Refined.numbers`), and all that is measured and written is of the refined field; the measure
+    ``seconds`` remains that of the network.
+
     Args:
         keep_going: when a pair fails in the network, go on with the next; the output has the reason as ``error``.
+        refine: iterations of instance optimisation on each pair, at most; 0 takes the network's field as it is.
+        refinement: how; by default with the loss and the settings of :class:`common.engines.Refinement`.
+
+    Raises:
+        ValueError: when ``refine`` is negative or no whole number.
     """
 
-    def __init__(self, *arguments: Any, keep_going: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        keep_going: bool = False,
+        refine: int = 0,
+        refinement: Refinement | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
-        self.keep_going = keep_going
+        if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
+            raise ValueError(f"refine must be a whole number of iterations, 0 for none, got {refine!r}")
+        self.keep_going, self.refine = keep_going, refine
+        self.refinement = Refinement() if refinement is None else refinement
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
         if "moving" not in batchdata:
             output = {**batchdata, "metrics": {}}
         else:
             try:
-                return super()._iteration(engine, batchdata)
+                output = super()._iteration(engine, batchdata)
             except Exception as error:
                 if not self.keep_going:
                     raise
                 logger.debug("a pair failed", exc_info=True)
                 names = {key: batchdata[key] for key in _NAMES if key in batchdata}
                 output = {**names, "metrics": {}, "error": [str(error) or repr(error)] * len(batchdata["moving"])}
+            else:
+                output["timings"] = _timings(batchdata, output)
         self.state.output = output
         return output
+
+    def _continued(self, fields: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+        if not self.refine:
+            return fields
+        refined = self.refinement(fields, batch, self.refine)
+        return {**refined.fields, "refinement": refined.numbers()}
+
+
+def _timings(batch: Mapping[str, Any], output: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of each stage, those before the network first."""
+    timings = {name: _mean(seconds) for name, seconds in batch.get("timings", {}).items()}
+    timings["network"] = _mean(output["seconds"])
+    if "refinement" in output:
+        timings["refine"] = output["refinement"]["seconds"] / len(output["seconds"])
+    return timings
+
+
+def _mean(seconds: Tensor | float) -> float:
+    return float(seconds.double().mean()) if isinstance(seconds, Tensor) else float(seconds)
