@@ -20,7 +20,7 @@ from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 
 from common.io.scans import affine_3d
-from common.spatial import affine_to_ddf, warp
+from common.spatial import affine_to_ddf, warp, warp_scan
 
 __all__ = ["affine_of", "onto_grid", "spaced_grid"]
 
@@ -66,14 +66,17 @@ def onto_grid(
         affine: (d+1, d+1) from the grid's voxels to its world.
         matrix: (d+1, d+1) from that world to the image's, RAS mm.
         label: whether it is a label map, of which the nearest voxel is taken; images are interpolated linearly.
-        padding: beyond the image, "zeros" or "border"; label maps get 0.
+        padding: beyond the image, "zeros" (its lowest value where that is negative) or "border"; label maps get 0.
 
     Returns:
         (C, *shape) whose affine leads to the image's own world, ``matrix @ affine``.
     """
     seen = matrix @ affine
-    to_image = torch.from_numpy(np.linalg.solve(affine_of(image), seen)).float()
-    mode, edge = ("nearest", "zeros") if label else ("linear", padding)
-    values = warp(image.as_tensor()[None], affine_to_ddf(to_image, shape), mode=mode, padding=edge)[0]
+    ddf = affine_to_ddf(torch.from_numpy(np.linalg.solve(affine_of(image), seen)).float(), shape)
+    batch = image.as_tensor()[None]
+    if label:
+        values = warp(batch, ddf, mode="nearest", padding="zeros")
+    else:
+        values = warp_scan(batch, ddf) if padding == "zeros" else warp(batch, ddf, padding=padding)
     meta: Mapping[str, object] = {name: value for name, value in image.meta.items() if name != "affine"}
-    return MetaTensor(values, affine=torch.from_numpy(affine_3d(seen)), meta=meta)
+    return MetaTensor(values[0], affine=torch.from_numpy(affine_3d(seen)), meta=meta)
