@@ -31,8 +31,8 @@ class LossProgressBar:
     """Show how far an epoch is, with the means since its start of the total and of each loss, or of each metric.
 
     On a terminal this is a tqdm bar. Elsewhere (a log file, a job's output) a line is logged at the end of each epoch
-    and at most every ``line_seconds`` within it. Attach it on every rank: the line of an epoch has means over all ranks,
-    what is shown within it those of the first, which alone shows anything.
+    and at most every ``line_seconds`` within it. Attach it on every rank: the line of an epoch has means over all
+    ranks, what is shown within it those of the first, which alone shows anything.
 
     Args:
         name: what is being done, such as ``"train"`` or ``"validate"``.
