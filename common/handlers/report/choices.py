@@ -24,7 +24,7 @@ from common.handlers.views import LABEL_COLOURS
 
 __all__ = ["Choice", "Pane", "choices", "explanations"]
 
-_CIRCLE = {"name": "fixed", "colour": "#ffd92f", "shape": "circle"}
+_CIRCLE = {"name": "fixed", "colour": "#4cc9f0", "shape": "circle"}
 _MAX_LABELS = 40
 
 
@@ -86,7 +86,7 @@ def explanations(volumes: Volumes, scale: Scales) -> dict[str, str]:
     limit = scale.log_determinant
     share = 100 * scale.difference / 255
     texts = {
-        "side": "<span>The moving scan where its header places it, the fixed scan, and the moved scan.</span>",
+        "side": "<span>The moving scan before registration, the fixed scan, and the moved scan.</span>",
         "swipe": '<label for="share">Fixed on the left, moving on the right <input type="range" id="share" min="0"'
         ' max="100" value="50" step="1"></label><label><input type="checkbox" id="blink"> blink instead</label>',
         "checkerboard": "<span>Fields of the fixed and of the moving scan in turn, the fixed one at the top left. Edges"

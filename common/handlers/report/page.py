@@ -158,13 +158,13 @@ def _numbers(inputs: ReportInputs, volumes: Volumes) -> str:
     text = '<section aria-labelledby="measures"><h2 id="measures">Measures</h2>'
     if inputs.measures:
         text += tables.measures(inputs.measures) + tables.details_of_labels(inputs.measures, inputs.label_names)
-    return f"{text}<p></p>{tables.facts(found, ('of the whole transform', ''))}</section>"
+    return f"{text}<p></p>{tables.facts(found, ('of the whole transform', 'value'))}</section>"
 
 
 def _provenance(inputs: ReportInputs) -> str:
     parts = [("files", "Files", tables.grids(inputs))]
     if inputs.steps:
-        parts.append(("steps", "What was done", tables.facts(inputs.steps, ("step", ""))))
+        parts.append(("steps", "What was done", tables.facts(inputs.steps, ("step", "how"))))
     if inputs.timings:
         parts.append(("timings", "Time", tables.timings(inputs.timings)))
     if inputs.command:
@@ -189,11 +189,17 @@ def _data(volumes: Volumes, parts: Sequence[Plane], drawn: Sequence[dict[str, Sh
 
 
 def _plane_data(number: int, part: Plane, drawn: dict[str, Sheet]) -> dict[str, Any]:
-    places = {
-        name: {"id": f"plane-{number}-{name}", "columns": s.columns, "width": s.width, "height": s.height}
-        for name, s in drawn.items()
-    }
     rows, columns = part.size
+    places = {
+        name: {
+            "id": f"plane-{number}-{name}",
+            "columns": sheet.columns,
+            "width": sheet.width,
+            "height": sheet.height,
+            "coarse": sheet.width < columns,
+        }
+        for name, sheet in drawn.items()
+    }
     return {
         "key": f"plane-{number}",
         "name": part.name,

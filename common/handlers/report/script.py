@@ -36,6 +36,8 @@ window.addEventListener("load", function () {
     const left = (number % sheet.columns) * sheet.width;
     const top = Math.floor(number / sheet.columns) * sheet.height;
     const picture = document.getElementById(sheet.id);
+    // Voxels are shown as they are, but what was sent coarser than the image is smoothed.
+    context.imageSmoothingEnabled = sheet.coarse;
     context.drawImage(picture, left, top, sheet.width, sheet.height, 0, 0, width, height);
   }
 
@@ -76,7 +78,6 @@ window.addEventListener("load", function () {
     canvas.width = plane.width * plane.zoom;
     canvas.height = plane.height * plane.zoom;
     const context = canvas.getContext("2d", { willReadFrequently: true });
-    context.imageSmoothingEnabled = false;
     if (pane.how === "sheet") {
       put(context, plane.sheets[pane.images[0]], number, canvas.width, canvas.height);
     } else {
@@ -84,6 +85,7 @@ window.addEventListener("load", function () {
       small.width = plane.width;
       small.height = plane.height;
       small.getContext("2d").putImageData(mix(plane, pane, number), 0, 0);
+      context.imageSmoothingEnabled = false;
       context.drawImage(small, 0, 0, canvas.width, canvas.height);
     }
     for (const name of pane.over) {
@@ -113,6 +115,13 @@ window.addEventListener("load", function () {
     }
   }
 
+  // All panes in one row where there is room, and a slice with its slider on one screen.
+  function width(plane, count) {
+    const [across, up] = plane.millimetres;
+    const share = "calc((100% - " + 0.7 * (count - 1) + "rem) / " + count + ")";
+    return "min(30rem, 100%, max(10rem, " + share + "), max(10rem, " + (62 * across) / up + "vh))";
+  }
+
   function show(plane) {
     const panes = data.views[view.name];
     const number = slices[plane.key];
@@ -121,6 +130,7 @@ window.addEventListener("load", function () {
     section.querySelectorAll(".pane").forEach((figure, k) => {
       figure.hidden = k >= panes.length;
       if (figure.hidden) return;
+      figure.style.width = width(plane, panes.length);
       const canvas = figure.querySelector("canvas");
       draw(plane, panes[k], canvas, number);
       let title = panes[k].title;
@@ -138,18 +148,12 @@ window.addEventListener("load", function () {
     data.planes.forEach(show);
   }
 
-  function shape(plane) {
-    const [width, height] = plane.millimetres;
-    for (const frame of document.getElementById(plane.key).querySelectorAll(".frame")) {
-      frame.style.aspectRatio = width + " / " + height;
-      frame.style.width = "min(25rem, 92vw, " + (60 * width) / height + "vh)";
-    }
-  }
-
   for (const plane of data.planes) {
     const slider = document.getElementById(plane.key).querySelector("input");
     slices[plane.key] = slider ? Number(slider.value) - 1 : 0;
-    shape(plane);
+    for (const frame of document.getElementById(plane.key).querySelectorAll(".frame")) {
+      frame.style.aspectRatio = plane.millimetres.join(" / ");
+    }
     if (!slider) continue;
     slider.addEventListener("input", function () {
       slices[plane.key] = Number(slider.value) - 1;

@@ -34,7 +34,8 @@ Array = NDArray[Any]
 
 # A grey sheet that is larger without loss is sent with a loss that the eye does not see.
 _LOSSLESS_BYTES = 120_000
-_QUALITY = 88
+_QUALITIES = (88, 75, 60, 40)
+_MAX_BYTES = 450_000
 _SHADES = 63
 _ALPHAS = 4
 _LINES = 24
@@ -109,8 +110,7 @@ def sheets(part: Plane, scale: Scales) -> dict[str, Sheet]:
     drawn["grid"] = _lines(part, scale, f"{count}: the regular grid of the moving image, warped")
     drawn["jacobian"] = _jacobian(part, scale, f"{count}: logarithm of the Jacobian determinant, folded voxels red")
     for number, (title, stack) in enumerate(part.maps.items()):
-        shades = _shade(stack, *scale.maps[title])
-        drawn[f"map_{number}"] = _palette(shades, _colours(colormaps["viridis"]), f"{count}: {title}")
+        drawn[f"map_{number}"] = _shaded(stack, scale.maps[title], _colours(colormaps["viridis"]), f"{count}: {title}")
     for name, labels in part.labels.items():
         fine = np.kron(labels, np.ones((1, zoom(part), zoom(part)), dtype=labels.dtype))
         lines = outlines(fine, dashed=name == "fixed" and "moved" in part.labels)
@@ -175,15 +175,38 @@ def _lines(part: Plane, scale: Scales, alt: str) -> Sheet:
 
 
 def _jacobian(part: Plane, scale: Scales, alt: str) -> Sheet:
-    shades = _shade(part.log_determinant, -scale.log_determinant, scale.log_determinant)
-    shades[part.folded] = _SHADES
-    return _palette(shades, [*_colours(JACOBIAN_COLOURS), _rgb(FOLD_COLOUR)], alt)
+    ends = (-scale.log_determinant, scale.log_determinant)
+    return _shaded(part.log_determinant, ends, [*_colours(JACOBIAN_COLOURS), _rgb(FOLD_COLOUR)], alt, part.folded)
 
 
-def _shade(stack: Array, low: float, high: float) -> Array:
-    """One of 63 shades; what is no number has the lowest."""
-    share = np.nan_to_num((stack - low) / (high - low), nan=0.0)
-    return np.rint(np.clip(share, 0, 1) * (_SHADES - 1)).astype(np.uint8)
+def _shaded(
+    stack: Array,
+    ends: tuple[float, float],
+    colours: Sequence[tuple[int, int, int]],
+    alt: str,
+    marked: Array | None = None,
+) -> Sheet:
+    """63 shades, and the colour after them where ``marked``; what is no number has the lowest.
+
+    Coarser where it would be large: noise does not compress.
+    """
+    while True:
+        share = np.nan_to_num((stack - ends[0]) / (ends[1] - ends[0]), nan=0.0)
+        shades = np.rint(np.clip(share, 0, 1) * (_SHADES - 1)).astype(np.uint8)
+        if marked is not None:
+            shades[marked] = _SHADES
+        sheet = _palette(shades, colours, alt)
+        if len(sheet.source) < _MAX_BYTES or min(stack.shape[1:]) < 2:
+            return sheet
+        stack = _pairs(stack).mean((2, 4))
+        marked = None if marked is None else np.asarray(_pairs(marked).any((2, 4)))
+
+
+def _pairs(stack: Array) -> Array:
+    """(slices, rows / 2, 2, columns / 2, 2); an odd last row or column is repeated."""
+    _, rows, columns = stack.shape
+    even = np.pad(stack, ((0, 0), (0, rows % 2), (0, columns % 2)), mode="edge")
+    return even.reshape(len(stack), (rows + 1) // 2, 2, (columns + 1) // 2, 2)
 
 
 def _colours(colours: Colormap) -> list[tuple[int, int, int]]:
@@ -200,7 +223,10 @@ def _grey(stack: Array, alt: str) -> Sheet:
     picture = Image.fromarray(tiled)
     uri = _uri(picture, "PNG")
     if len(uri) > _LOSSLESS_BYTES:
-        uri = _uri(picture, "WEBP", quality=_QUALITY, method=2)
+        for quality in _QUALITIES:
+            uri = _uri(picture, "WEBP", quality=quality, method=2)
+            if len(uri) < _MAX_BYTES:
+                break
     return Sheet(uri, columns, stack.shape[2], stack.shape[1], alt)
 
 

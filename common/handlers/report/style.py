@@ -89,7 +89,8 @@ legend { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-pat
 .side-3 { top: 0.3rem; left: 0; right: 0; text-align: center; }
 figcaption { font-size: 0.9rem; }
 .slider { display: flex; flex-wrap: wrap; align-items: center; gap: 0.2rem 0.8rem; }
-.slider input { flex: 1 1 14rem; max-width: 34rem; accent-color: var(--accent); }
+input { accent-color: var(--accent); }
+.slider input { flex: 1 1 14rem; max-width: 34rem; }
 .slider output { font-variant-numeric: tabular-nums; font-size: 0.9rem; color: var(--soft); }
 details summary { cursor: pointer; font-size: 0.9rem; color: var(--soft); }
 .sheet { display: block; max-width: 100%; margin: 0.4rem 0; background: #000; }
@@ -100,7 +101,7 @@ th, td {
   padding: 0.25rem 1.4rem 0.25rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
 }
 thead th { color: var(--soft); font-weight: normal; }
-tbody th { font-weight: normal; }
+tbody th { font-weight: normal; min-width: 7rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre {
   white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); border: 1px solid var(--line);
