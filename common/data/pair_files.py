@@ -267,7 +267,8 @@ def _dimension(pairs: list[Entry]) -> int:
     if not found and first is not None and len(pairs) > 1:
         logger.error("none of %d pairs can be registered", len(pairs))
     if not found:
-        raise first or ValueError(f"{pairs[0]['moving']} is neither 2-D nor 3-D; choose one frame of a series")
+        series = f"{pairs[0]['moving']} is neither 2-D nor 3-D; choose one frame of a series (--frame)"
+        raise first or ValueError(series)
     return next(iter(found))
 
 

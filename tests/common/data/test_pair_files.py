@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -180,3 +181,22 @@ def test_half_a_pair_or_a_pair_too_many_is_refused(tmp_path: Path) -> None:
         PairList(moving="a.nii")
     with pytest.raises(ValueError, match=r"--pairs pairs.csv lists what to register: leave out --fixed"):
         PairList("pairs.csv", fixed="b.nii")
+
+
+def test_frames_of_series_belong_to_every_pair(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        nib.save(
+            nib.Nifti1Image(np.arange(120, dtype=np.uint8).reshape(3, 4, 5, 2), np.eye(4)), tmp_path / f"{name}.nii"
+        )
+    scan(tmp_path / "c.nii")
+    text = "moving,fixed,moving_label,fixed_label\na.nii,b.nii,a.nii,b.nii\nb.nii,a.nii,,\n"
+    listed = PairList(table(tmp_path, text), frame=1)
+    assert listed.spatial_dims == 3 and all(pair["moving_frame"] == pair["fixed_frame"] == 1 for pair in listed)
+    assert listed.labels == list(range(1, 120, 2))
+    one = PairList(moving=tmp_path / "a.nii", fixed=tmp_path / "c.nii", moving_frame=0)
+    assert one[0]["moving_frame"] == 0 and "fixed_frame" not in one[0] and one.spatial_dims == 3
+    assert "moving_frame" not in PairList(moving=tmp_path / "c.nii", fixed=tmp_path / "c.nii")[0]
+    with pytest.raises(ValueError, match=r"a.nii is 4-D and .*b.nii is 3-D"):
+        PairList(moving=tmp_path / "a.nii", fixed=tmp_path / "b.nii", fixed_frame=1)
+    with pytest.raises(ValueError, match=r"choose one frame of a series \(--frame\)"):
+        PairList(moving=tmp_path / "a.nii", fixed=tmp_path / "b.nii")

@@ -82,3 +82,16 @@ def test_complete_pairs_are_not_loaded(pairs: list[dict[str, Any]], tmp_path: Pa
     assert "moving" in dataset[0] and set(dataset[1]) == {"id", "moving_id", "fixed_id"}
     again = ScanPairs(pairs, LoadScanPaird(), PairFolders(tmp_path / "out", overwrite=True))
     assert "moving" in again[1]
+
+
+def test_what_a_transform_says_of_a_pair_is_in_the_batch(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "a", ((16, 17, 18), (18, 17, 16)))
+    (batch,) = DataLoader(ScanPairs([{**pair, "moving_frame": 0}], LoadScanPaird(affine="none", spacing=1.5)))
+    assert batch["affine_matrix"].dtype == torch.float64 and torch.equal(
+        batch["affine_matrix"][0], torch.eye(4).double()
+    )
+    assert set(batch["timings"]) == {"load", "affine"} and batch["timings"]["load"].shape == (1,)
+    assert batch["moving_frame"].tolist() == [0] and "fixed_frame" not in batch and "warnings" not in batch
+    assert torch.equal(batch["moving_affine"], batch["fixed_affine"])
+    (small,) = DataLoader(ScanPairs([make_pair(tmp_path, "b", ((4, 5, 6), (6, 5, 3)))], LoadScanPaird()))
+    assert len(small["warnings"]) == 1 and small["warnings"][0].count("\n") == 1

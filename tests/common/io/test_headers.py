@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from common.io import ScanError, image_dims, load_image
+from common.io.headers import nifti_placement
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 6), (4, 5, 6, 1)])
@@ -37,6 +38,9 @@ def test_dimensions_are_those_of_the_loaded_scan(tmp_path: Path, shape: tuple[in
 def test_a_series_has_more(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6, 2), np.float32), np.eye(4)), tmp_path / "a.nii")
     assert image_dims(tmp_path / "a.nii") == 4
+    assert image_dims(tmp_path / "a.nii", frame=0) == 3
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 1, 2), np.float32), np.eye(4)), tmp_path / "b.nii")
+    assert image_dims(tmp_path / "b.nii", frame=1) == 2
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.nrrd", "a.mha"])
@@ -52,3 +56,15 @@ def test_what_is_not_there_or_unknown_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     with pytest.raises(ScanError, match=r"a.png: unknown image format"):
         image_dims(tmp_path / "a.png")
+
+
+def test_both_placements_of_a_header(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4))
+    image.header.set_xyzt_units("micron")
+    image.set_sform(np.diag([2.0, 1, 1, 1]), code=2)
+    image.set_qform(None, code=0)
+    nib.save(image, tmp_path / "a.nii.gz")
+    placement = nifti_placement(tmp_path / "a.nii.gz")
+    assert placement is not None and placement.unit == "micron" and placement.qform is None
+    np.testing.assert_array_equal(placement.sform, np.diag([2.0, 1, 1, 1]))
+    assert nifti_placement(tmp_path / "a.mha") is None

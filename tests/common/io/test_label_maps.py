@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.io import GridError, label_values, require_label_map, save_image
+from common.io import GridError, label_values, load_label_map, require_label_map, save_image, save_series
 
 
 def test_labels_in_order_without_background(tmp_path: Path) -> None:
@@ -37,3 +37,10 @@ def test_a_label_map_lies_on_the_grid_of_its_scan(tmp_path: Path) -> None:
     require_label_map(image, save_image(tmp_path / "good.nii", np.ones((3, 4), np.uint8), np.eye(4)))
     with pytest.raises(GridError, match=r"image.nii and .*moved.nii"):
         require_label_map(image, save_image(tmp_path / "moved.nii", np.ones((3, 4)), np.diag([1, 2, 1, 1])))
+
+
+def test_a_map_with_frames_is_read_at_one_and_a_single_map_as_it_is(tmp_path: Path) -> None:
+    save_series(tmp_path / "series.nii", [np.full((3, 4, 2), k, np.uint8) for k in (5, 6)], np.eye(4))
+    save_image(tmp_path / "single.nii", np.full((3, 4, 2), 7, np.uint8), np.eye(4))
+    assert label_values(load_label_map(tmp_path / "series.nii", 1)) == [6]
+    assert label_values(load_label_map(tmp_path / "single.nii", 1)) == [7]

@@ -27,6 +27,7 @@ def test_a_folder_is_complete_once_finished_for_the_same_files(tmp_path: Path) -
     assert folders.complete(PAIR) and folders.complete({**PAIR, "moving_id": "other"})
     assert not folders.complete({**PAIR, "moving": "/c.nii"})
     assert not folders.complete({**PAIR, "moving_label": "/l.nii"})
+    assert not folders.complete({**PAIR, "moving_frame": 0})
     assert not PairFolders(tmp_path, overwrite=True).complete(PAIR)
     folders.restart("a_to_b")
     folders.restart("a_to_b")

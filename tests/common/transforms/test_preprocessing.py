@@ -192,3 +192,28 @@ def test_a_cut_out_scan_is_continued_beyond_its_frame_and_its_labels_are_not(tmp
     assert item["label"][0, 0].max() == 0 and item["label"][0, 1, 1, 1] == 1
     with pytest.raises(ValueError, match="padding must be one of"):
         scan_transforms(spatial_size=(5, 5, 5), padding="mirror")
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("ct_lung", [0, 0, 0.5, 1, 1]), ("ct_abdomen", [0, 0, 0, 0.775, 1]), ("none", [-1100, -1000, -425, 150, 3000])],
+)
+def test_presets_of_intensity(tmp_path: Path, preset: str, expected: list[float]) -> None:
+    values = np.array([-1100.0, -1000, -425, 150, 3000], np.float32)
+    path = write(tmp_path / "ct.nii.gz", np.broadcast_to(values[:, None, None], (5, 4, 3)))
+    out = scan_transforms(["image"], intensity=preset)({"image": path})["image"]
+    torch.testing.assert_close(out[0, :, 1, 2].as_tensor(), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_the_preset_of_mri_takes_percentiles(subject: dict[str, str]) -> None:
+    one, two = (scan_transforms(["image"], intensity=name)(subject)["image"] for name in ("mri", "percentile"))
+    assert torch.equal(one, two)
+
+
+def test_what_is_loaded_already_is_taken_as_it_is(subject: dict[str, str]) -> None:
+    options = {"spatial_size": (12, 6, 8), "spacing": (1.0, 1.0, 2.0), "padding": "border"}
+    whole = scan_transforms(**options)(subject)  # type: ignore[arg-type]
+    loaded = scan_transforms(orientation=None, intensity="none")(subject)
+    again = scan_transforms(**options, load=False)(loaded)  # type: ignore[arg-type]
+    for key in ("image", "label"):
+        assert torch.equal(again[key], whole[key]) and torch.equal(again[key].affine, whole[key].affine)

@@ -18,7 +18,7 @@ import torch
 
 from common.data import PairDataset
 from common.io import save_image
-from common.transforms import CompleteSlices, RandSlice, cohort_transforms, stack_transforms
+from common.transforms import CompleteSlices, LoadScanPaird, RandSlice, cohort_transforms, stack_transforms
 
 AFFINE = np.diag([1.5, 2.0, 8.0, 1.0])
 
@@ -126,3 +126,11 @@ def test_only_slices_with_all_structures_in_both_phases_count() -> None:
         assert torch.equal(kept[key][..., 2], item[key][..., 2])
     assert CompleteSlices([1, 2], enabled=False)(item) == item and CompleteSlices([])(item) == item
     assert CompleteSlices([1])({"moving": moving}) == {"moving": moving}
+
+
+def test_a_pair_of_stacks_is_what_two_subjects_are(pair: dict[str, str]) -> None:
+    loaded = LoadScanPaird(stacks=True, padding="border")(pair)
+    single = stack_transforms(list(pair), (20, 26), padding="border")(pair)
+    for key in pair:
+        assert torch.equal(loaded[key], single[key]) and loaded[key].dtype == single[key].dtype
+        assert torch.equal(loaded[key].affine, single[key].affine)
