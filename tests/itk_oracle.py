@@ -69,10 +69,11 @@ def ours(transform: SpatialTransform, moving: Scan, fixed: Scan) -> tuple[np.nda
     read = np.indices(fixed.array.shape) + ddf[0].numpy()
     last = np.array(moving.array.shape).reshape(-1, *[1] * len(moving.array.shape)) - 1
     inside = ((read > 0.01) & (read < last - 0.01)).all(0)
-    if isinstance(transform.parts[-1], Displacement):
+    if len(transform.parts) > 1 and isinstance(transform.parts[-1], Displacement):
         first, field = SpatialTransform(transform.parts[:-1]), transform.parts[-1].grid
         met = first.ddf(grid_of(fixed), field)[0].numpy() + np.indices(fixed.array.shape)
-        inside &= ((met > 0) & (met < np.array(field.shape).reshape(-1, *[1] * len(field.shape)) - 1)).all(0)
+        last = np.array(field.shape).reshape(-1, *[1] * len(field.shape)) - 1
+        inside &= ((met > 0.01) & (met < last - 0.01)).all(0)
     return moved, inside & np.pad(np.ones([n - 2 for n in inside.shape], bool), 1)
 
 

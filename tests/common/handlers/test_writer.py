@@ -27,7 +27,7 @@ from common.io import GridError, PairFolders, load_field, load_image
 SHAPE = (9, 8, 7)
 
 
-def scan(path: Path, array: np.ndarray) -> Path:
+def scan(path: Path, array: Any) -> Path:
     nib.save(nib.Nifti1Image(array, np.eye(4)), path)
     return path
 
