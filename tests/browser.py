@@ -91,6 +91,15 @@ class Browser:
         """Load a file and wait until it has loaded."""
         self._call("POST", "/url", {"url": page.resolve().as_uri()})
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the page a width and a height in pixels, narrower than a window may be."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.command("Emulation.setDeviceMetricsOverride", **metrics)
+
+    def command(self, name: str, **parameters: Any) -> Any:
+        """One of Chromium's own commands."""
+        return self._call("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
+
     def run(self, script: str) -> Any:
         """What a function body of JavaScript returns."""
         return self._call("POST", "/execute/sync", {"script": script, "args": []})

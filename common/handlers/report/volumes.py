@@ -118,6 +118,8 @@ def _grey(images: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Array]
         # A seventh of the voxels tells the percentiles well enough, and small images count in full.
         sample = np.concatenate([volumes[name].ravel()[:: 7 if volumes[name].size > 100_000 else 1] for name in group])
         low, high = (float(value) for value in np.percentile(sample, (0.5, 99.8)))
+        if high <= low:  # Nearly everything is background.
+            low, high = (float(function([function(volumes[name]) for name in group])) for function in (np.min, np.max))
         scale = 255.0 / (high - low) if high > low else 0.0
         for name in group:
             grey[name] = np.rint(np.clip((volumes[name] - low) * scale, 0, 255)).astype(np.uint8)

@@ -89,6 +89,11 @@ def test_moving_and_moved_share_a_grey_scale_and_fixed_has_its_own() -> None:
     assert [int(volumes.images[name].max()) for name in ("fixed", "before", "moved")] == [255, 255, 128]
 
 
+def test_a_few_bright_voxels_are_seen() -> None:
+    volumes = turned_volumes(pair(before=10 * spot((2, 3, 4)), moved=5 * spot((2, 3, 4))))
+    assert (volumes.images["before"].max(), volumes.images["moved"].max()) == (255, 128)
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("value", [0.0, 7.0, np.nan])
 @pytest.mark.filterwarnings("error")
