@@ -148,8 +148,14 @@ def pad_to_multiple(image: Tensor, multiple: int | Sequence[int]) -> Tensor:
     """
     size = image.shape[2:]
     multiples = as_tuple(multiple, len(size), "multiple")
+    if exporting():
+        # Lookups say nothing about which sizes need padding, so the recording holds for all of them.
+        for axis, (n, m) in enumerate(zip(size, multiples, strict=True), start=2):
+            longer = torch.arange((n + m - 1) // m * m, device=image.device)
+            image = image.index_select(axis, longer.clamp_max(n - 1))
+        return image
     missing = [-n % m for n, m in zip(size, multiples, strict=True)]
-    if not exporting() and not any(missing):
+    if not any(missing):
         return image
     return F.pad(image, [amount for m in reversed(missing) for amount in (0, m)], mode="replicate")
 
@@ -157,7 +163,10 @@ def pad_to_multiple(image: Tensor, multiple: int | Sequence[int]) -> Tensor:
 def crop_to(field: Tensor, size: Sequence[int]) -> Tensor:
     """Undo ``pad_to_multiple``: keep the first ``size`` voxels of every spatial axis of (B, C, *S)."""
     for axis, n in enumerate(size, start=2):
-        field = field.narrow(axis, 0, n)
+        if exporting():
+            field = field.index_select(axis, torch.arange(n, device=field.device))
+        else:
+            field = field.narrow(axis, 0, n)
     return field
 
 

@@ -22,12 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["exporting", "sample_plainly"]
+__all__ = ["exporting", "same_size", "sample_plainly"]
 
 
 def exporting() -> bool:
     """Whether operations are being recorded for another place; false when they are compiled for this one."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def same_size(first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two sizes are equal; where they are left open, whether they are so whatever they become."""
+    if not torch.compiler.is_exporting():
+        return tuple(first) == tuple(second)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))
 
 
 def sample_plainly(image: Tensor, ddf: Tensor, padding: str) -> Tensor:

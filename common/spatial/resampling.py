@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from common.spatial.exporting import same_size
 from common.spatial.grid import as_field
 
 __all__ = ["resample_field"]
@@ -49,7 +50,7 @@ def resample_field(
     old, new = tuple(ddf.shape[2:]), tuple(torch.sym_int(n) for n in size)
     if len(new) != len(old) or min(new) < 1:
         raise ValueError(f"size must be {len(old)} positive numbers for ddf {tuple(ddf.shape)}, got {new}")
-    if old == new and scale is None:
+    if same_size(old, new) and scale is None:
         return ddf
     if scale is not None:
         factors = [float(scale)] * len(old) if isinstance(scale, (int, float)) else [float(f) for f in scale]

@@ -18,6 +18,7 @@ The slopes of the moved image (:mod:`.interpolant`) turn a force into a gradient
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class GlobalCorrelation(Energy):
 
     def force(self, moved: Tensor, fixed: Tensor) -> Tensor:
         """See :class:`Energy`."""
-        axes, count = tuple(range(2, moved.ndim)), moved.shape[2:].numel()
+        axes, count = tuple(range(2, moved.ndim)), math.prod(moved.shape[2:])
         moved = moved - moved.mean(axes, keepdim=True)
         fixed = fixed - fixed.mean(axes, keepdim=True)
         # Means for sums, and eps to match: V goes into them, and the product of two sums might leave float32.

@@ -19,6 +19,7 @@ voxels the image repeats, and the slope is 0.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,10 +77,10 @@ class _Corners(NamedTuple):
 def _locate(ddf: Tensor) -> _Corners:
     """The corners around ``x + ddf(x)`` on a grid of the field's own size."""
     size = ddf.shape[2:]
-    index, parts, stride = [], [], size.numel()
-    start = torch.arange(len(ddf), device=ddf.device) * stride
+    index, parts = [], []
+    start = torch.arange(len(ddf), device=ddf.device) * math.prod(size)
     for axis, count in enumerate(size):
-        stride //= count
+        stride = math.prod(size[axis + 1 :])
         places = torch.arange(count, device=ddf.device, dtype=ddf.dtype)
         position = ddf[:, axis] + places.view([-1 if k == axis else 1 for k in range(len(size))])
         low = position.floor()

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from common.losses.checks import as_float, check_choice
 from common.networks import RegistrationNetwork, as_tuple, split_pair
 from common.spatial import resample_field
+from common.spatial.exporting import same_size
 
 from .energies import build_energy
 from .regulariser import Regulariser
@@ -159,7 +160,7 @@ class GraDIRN(RegistrationNetwork):
 
 def _resample(image: Tensor, size: Sequence[int]) -> Tensor:
     """An image (B, C, *S) on a grid of ``size`` voxels, the outermost centres aligned."""
-    if tuple(image.shape[2:]) == tuple(size):
+    if same_size(image.shape[2:], size):
         return image
     mode = "bilinear" if len(size) == 2 else "trilinear"
     return F.interpolate(image, size=tuple(size), mode=mode, align_corners=True)

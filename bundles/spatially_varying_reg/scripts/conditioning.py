@@ -76,6 +76,11 @@ class Conditioning:
             raise ValueError(f"{name} must be finite and at least {_LEAST[name]:g}, got {value.tolist()}")
         return value
 
+    @property
+    def shared(self) -> bool:
+        """Whether all items have the same values, those that are left open counted at mid-range."""
+        return all(value is None or value.numel() == 1 for value in self._values.values())
+
     def values(self, batch: int, *, sample: bool) -> Tensor:
         """Values for each item, (B, hyper-parameters), float32 on the CPU.
 

@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from common.losses.checks import check_choice
 from common.networks import ConvUnit, FlowHead, RegistrationNetwork, split_pair
+from common.spatial.exporting import exporting
 
 from .conditioning import Conditioning
 from .generators import FullGenerator, HyperMLP, LowRankGenerator, modulated_shapes
@@ -199,6 +200,8 @@ class HyperTransMorphSPR(RegistrationNetwork):
         split_pair(image, self.spatial_dims)
         image = convert_to_tensor(image, track_meta=False)
         values = self.conditioning.values(len(image), sample=self.training)
+        if exporting():
+            return self._recorded(method, image, values)
         rows, which = values.unique(dim=0, return_inverse=True)
         weights = self._weights(rows)
         if len(rows) == 1:
@@ -208,7 +211,16 @@ class HyperTransMorphSPR(RegistrationNetwork):
             parts = [self._run(method, image[i], made) for i, made in zip(items, weights, strict=True)]
             order = torch.cat(items).argsort()
             result = {key: torch.cat([part[key] for part in parts])[order] for key in parts[0]}
-        used = values.to(image.device).unbind(1)
+        return self._with_conditions(result, values)
+
+    def _recorded(self, method: str, image: Tensor, values: Tensor) -> dict[str, Any]:
+        """Of an exported network: the numbers of today become part of the program, and are those of all items."""
+        if self.training or not self.conditioning.shared:
+            raise ValueError("only in evaluation, and with one condition for all items, can the network be exported")
+        return self._with_conditions(self._run(method, image, self._generate(values[0])), values)
+
+    def _with_conditions(self, result: dict[str, Tensor], values: Tensor) -> dict[str, Any]:
+        used = values.to(next(iter(result.values())).device).unbind(1)
         return {**result, **dict(zip(self.conditioning.names, used, strict=True))}
 
     def _run(self, method: str, image: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
