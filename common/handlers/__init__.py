@@ -18,6 +18,7 @@ from common.handlers.learn2reg_writer import Learn2RegWriter
 from common.handlers.pairs_table import PairsTable
 from common.handlers.pictures import PictureSaver
 from common.handlers.progress import LossProgressBar
+from common.handlers.report import ReportInputs, write_report
 from common.handlers.table import MetricsTable
 from common.handlers.tensorboard import TensorBoardPictures, TensorBoardScalars
 from common.handlers.tracking import attach_handlers
@@ -33,6 +34,7 @@ __all__ = [
     "PairsTable",
     "PictureSaver",
     "RegistrationWriter",
+    "ReportInputs",
     "SafeCheckpoint",
     "TensorBoardPictures",
     "TensorBoardScalars",
@@ -42,4 +44,5 @@ __all__ = [
     "registration_figure",
     "resume_from",
     "save_checkpoint",
+    "write_report",
 ]

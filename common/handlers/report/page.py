@@ -73,7 +73,8 @@ def _page(
     body = [
         f'<header><h1>{escape(inputs.title)}</h1><p class="name">{names}</p></header><main>',
         _warnings(inputs.warnings),
-        "<noscript><p class='note'>Slices and views need JavaScript. All slices are under “All slices”.</p></noscript>",
+        "<noscript><p class='note'>Choosing a slice and a view needs JavaScript. Without it, all pictures are at the end"
+        " of each plane.</p></noscript>",
         _pictures(volumes, parts, drawn, scale),
         _numbers(inputs, volumes),
         _provenance(inputs),
@@ -118,8 +119,8 @@ def _pictures(volumes: Volumes, parts: Sequence[Plane], drawn: Sequence[dict[str
     return (
         f'<section aria-labelledby="pictures"><h2 id="pictures">Pictures</h2><p class="soft">{how} Grey values are'
         " scaled from percentile 0.5 to 99.8, of the fixed image and of the moving image before and after.</p>"
-        f'<div class="toolbar"><fieldset><legend>View</legend>{radios}</fieldset><div class="explain">{texts}</div>'
-        f"</div>{sections}</section>"
+        f'<div class="toolbar" hidden><fieldset><legend>View</legend>{radios}</fieldset>'
+        f'<div class="explain">{texts}</div></div>{sections}</section>'
     )
 
 
@@ -133,8 +134,8 @@ def _section(number: int, part: Plane, drawn: dict[str, Sheet], width: int) -> s
         "<figcaption></figcaption></figure>"
     )
     slider = (
-        f'<div class="slider"><label for="{key}-slice">Slice</label><input type="range" id="{key}-slice" min="1" '
-        f'max="{len(part.captions)}" value="{part.start + 1}" step="1"><output for="{key}-slice"></output></div>'
+        f'<div class="slider" hidden><label for="{key}-slice">Slice</label><input type="range" id="{key}-slice"'
+        f' min="1" max="{len(part.captions)}" value="{part.start + 1}" step="1"><output for="{key}-slice"></output></div>'
     )
     images = "".join(
         f'<img class="sheet" id="{key}-{name}" src="{sheet.source}" alt="{escape(sheet.alt)}">'
@@ -142,8 +143,8 @@ def _section(number: int, part: Plane, drawn: dict[str, Sheet], width: int) -> s
     )
     return (
         f'<section class="plane" id="{key}" aria-labelledby="{key}-name"><h3 id="{key}-name">{part.name.capitalize()}'
-        f'</h3><div class="panes">{pane * width}</div>{slider if len(part.captions) > 1 else ""}'
-        f"<details><summary>All slices</summary>{images}</details></section>"
+        f'</h3><div class="panes" hidden>{pane * width}</div>{slider if len(part.captions) > 1 else ""}'
+        f"<details><summary>All pictures</summary>{images}</details></section>"
     )
 
 

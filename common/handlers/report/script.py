@@ -20,6 +20,8 @@ window.addEventListener("load", function () {
   const data = JSON.parse(document.getElementById("data").textContent);
   const view = { name: "", share: 0.5, blink: false, second: false };
   const slices = {};
+  // Without this script they would do nothing.
+  for (const part of document.querySelectorAll(".toolbar, .panes, .slider")) part.hidden = false;
 
   // The grey values of one slice, from its place on a contact sheet.
   function read(plane, name, number) {

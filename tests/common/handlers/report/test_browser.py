@@ -169,3 +169,16 @@ def test_nothing_sticks_out_of_the_window(browser: Browser, tmp_path: Path, widt
         assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
     tops = browser.run("return [...document.querySelectorAll('#plane-0 figure:not([hidden])')].map(e => e.offsetTop)")
     assert width < 1000 or len(set(tops)) == 1
+
+
+def test_without_javascript_all_pictures_are_still_there(browser: Browser, tmp_path: Path) -> None:
+    path = write_report(tmp_path / "report.html", full(3))
+    try:
+        browser.command("Emulation.setScriptExecutionDisabled", value=True)
+        browser.open(path)
+        browser.click("#plane-0 summary")
+    finally:
+        browser.command("Emulation.setScriptExecutionDisabled", value=False)
+    parts = "document.querySelectorAll('#plane-0 img, .toolbar, .panes')"
+    seen = browser.run(f"return [...{parts}].map(e => [e.tagName, e.offsetHeight > 0])")
+    assert {tuple(pair) for pair in seen} == {("IMG", True), ("DIV", False)}
