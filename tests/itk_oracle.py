@@ -20,7 +20,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from common.io import Scan, grid_of, load_image, save_image
-from common.spatial import Displacement, SpatialTransform, warp
+from common.spatial import Affine, Displacement, SpatialTransform, warp
 
 ORIENTATIONS = ("RAS", "LAS", "LPS", "oblique")
 SHAPES = {2: ((23, 19), (20, 25)), 3: ((17, 19, 13), (15, 16, 18))}
@@ -69,11 +69,12 @@ def ours(transform: SpatialTransform, moving: Scan, fixed: Scan) -> tuple[np.nda
     read = np.indices(fixed.array.shape) + ddf[0].numpy()
     last = np.array(moving.array.shape).reshape(-1, *[1] * len(moving.array.shape)) - 1
     inside = ((read > 0.01) & (read < last - 0.01)).all(0)
-    if len(transform.parts) > 1 and isinstance(transform.parts[-1], Displacement):
-        first, field = SpatialTransform(transform.parts[:-1]), transform.parts[-1].grid
+    if isinstance(transform.parts[-1], Displacement):
+        nothing = Affine(torch.eye(fixed.spatial_dims + 1))
+        first, field = SpatialTransform((nothing, *transform.parts[:-1])), transform.parts[-1].grid
         met = first.ddf(grid_of(fixed), field)[0].numpy() + np.indices(fixed.array.shape)
         last = np.array(field.shape).reshape(-1, *[1] * len(field.shape)) - 1
-        inside &= ((met > 0.01) & (met < last - 0.01)).all(0)
+        inside &= ((met > 0) & (met < last)).all(0)
     return moved, inside & np.pad(np.ones([n - 2 for n in inside.shape], bool), 1)
 
 
