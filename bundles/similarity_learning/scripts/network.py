@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.networks import RegistrationNetwork, split_pair
+from common.spatial.exporting import exporting
 
 from .inner_loop import InnerLoop
 from .posterior import LowRankGaussian
@@ -196,7 +197,13 @@ class VariationalRegistration(RegistrationNetwork):
         Raises:
             ValueError: when ``image`` is no such pair, or ``fixed_mask`` does not fit it.
             NonFiniteLossError: when an energy is no number.
+            NotImplementedError: when the network is being exported.
         """
+        if exporting():
+            raise NotImplementedError(
+                "a fit of q(v) is no fixed sequence of operations: it draws noise, differentiates and may end early. "
+                "PublishedVoxelMorph, trained with this similarity, can be exported"
+            )
         moving, fixed = split_pair(self.padded(image, 1), self.spatial_dims)
         if moving.shape[1] != 1:
             raise ValueError(f"images of one channel are registered; this pair has {image.shape[1]} channels, not 2")
