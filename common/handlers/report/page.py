@@ -73,8 +73,8 @@ def _page(
     body = [
         f'<header><h1>{escape(inputs.title)}</h1><p class="name">{names}</p></header><main>',
         _warnings(inputs.warnings),
-        "<noscript><p class='note'>Choosing a slice and a view needs JavaScript. Without it, all pictures are at the end"
-        " of each plane.</p></noscript>",
+        "<noscript><p class='note'>Choosing a slice and a view needs JavaScript. Without it, all pictures are at the"
+        " end of each plane.</p></noscript>",
         _pictures(volumes, parts, drawn, scale),
         _numbers(inputs, volumes),
         _provenance(inputs),
@@ -135,7 +135,8 @@ def _section(number: int, part: Plane, drawn: dict[str, Sheet], width: int) -> s
     )
     slider = (
         f'<div class="slider" hidden><label for="{key}-slice">Slice</label><input type="range" id="{key}-slice"'
-        f' min="1" max="{len(part.captions)}" value="{part.start + 1}" step="1"><output for="{key}-slice"></output></div>'
+        f' min="1" max="{len(part.captions)}" value="{part.start + 1}" step="1">'
+        f'<output for="{key}-slice"></output></div>'
     )
     images = "".join(
         f'<img class="sheet" id="{key}-{name}" src="{sheet.source}" alt="{escape(sheet.alt)}">'

@@ -115,6 +115,8 @@ def test_slices_of_a_3d_pair_by_keyboard(browser: Browser, tmp_path: Path) -> No
     browser.press("#plane-0-slice", "right")
     assert browser.run(text) == f"5 of 7: {axial.captions[4]}"
     assert (pixels(browser, pane=1) == axial.images["fixed"][4][..., None]).all()
+    browser.press("#plane-0-slice", "right")
+    assert (pixels(browser, pane=1) == axial.images["fixed"][5][..., None]).all()
     browser.press("#plane-0-slice", "home")
     assert (pixels(browser, pane=1) == axial.images["fixed"][0][..., None]).all()
     label = browser.run("return document.querySelector('#plane-0 canvas').getAttribute('aria-label')")
