@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 
 from common.io.label_maps import label_values, require_label_map
-from common.io.scan_checks import PairError, check_header, check_size, check_values, check_window
+from common.io.scan_checks import PairError, check_header, check_size, check_values, check_window, require_place
 from common.io.scans import Scan
 
 __all__ = ["PairError", "check_labels", "check_overlap", "check_pair"]
@@ -84,8 +84,10 @@ def check_overlap(moving: Scan, fixed: Scan, matrix: np.ndarray, source: str = "
         a warning when little of the fixed scan, or nothing, lies in the moving one.
 
     Raises:
-        PairError: when they do not meet and nothing will bring them together.
+        PairError: when they do not meet and nothing will bring them together, or it is not known where one of them is.
     """
+    for scan in () if later else (moving, fixed):
+        require_place(scan)
     forth = _part_inside(fixed, moving, np.asarray(matrix))
     met = forth > 0 or _part_inside(moving, fixed, np.linalg.inv(matrix)) > 0
     where = f"under {source}" if source else "as their headers place them"

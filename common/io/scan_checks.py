@@ -17,10 +17,10 @@ from itertools import product
 
 import numpy as np
 
-from common.io.headers import nifti_placement
+from common.io.headers import Placement, nifti_placement
 from common.io.scans import Scan
 
-__all__ = ["PairError", "check_header", "check_size", "check_values", "check_window"]
+__all__ = ["PairError", "check_header", "check_size", "check_values", "check_window", "require_place"]
 
 _TINY = 16  # voxels along an axis
 _HUGE = 512**3  # voxels
@@ -54,7 +54,7 @@ def check_header(scan: Scan) -> list[str]:
             "expected three axes in space: repair the header"
         )
     found: list[str] = []
-    placement = nifti_placement(scan.path) if scan.path.is_file() else None
+    placement = _placement(scan)
     if placement is not None:
         if placement.unit in _UNITS:
             name, factor = _UNITS[placement.unit]
@@ -77,6 +77,21 @@ def check_header(scan: Scan) -> list[str]:
             f"{_PLAUSIBLE[1]} mm; is the header in metres or micrometres? If so, write it in mm"
         )
     return found
+
+
+def require_place(scan: Scan) -> None:
+    """Refuse a scan whose header places it nowhere, where that place decides.
+
+    Raises:
+        PairError: when neither sform nor qform is set.
+    """
+    placement = _placement(scan)
+    if placement is not None and placement.sform is None and placement.qform is None:
+        raise PairError(
+            f"{scan.path}: neither sform nor qform is set, so where the image lies is unknown, and tools differ in "
+            "what they assume; expected a header that places it. Set one, or let `affine` be 'affine', 'rigid' or 'centre', "
+            "which finds the place from the images"
+        )
 
 
 def check_size(scan: Scan, spacing: Sequence[float] | None = None, stacks: bool = False) -> list[str]:
@@ -172,6 +187,10 @@ def check_window(scan: Scan, window: Sequence[float], preset: bool) -> list[str]
             "scan rescaled, or is it no CT? Convert it to Hounsfield units, or choose another `intensity`"
         ]
     return []
+
+
+def _placement(scan: Scan) -> Placement | None:
+    return nifti_placement(scan.path) if scan.path.is_file() else None
 
 
 def _disagreement(scan: Scan, sform: np.ndarray, qform: np.ndarray) -> list[str]:

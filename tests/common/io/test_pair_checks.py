@@ -249,6 +249,15 @@ def test_scans_that_do_not_meet(tmp_path: Path, shape: tuple[int, ...]) -> None:
         check_overlap(moving, fixed, np.linalg.inv(bring), "a.tfm")
 
 
+@pytest.mark.filterwarnings("ignore:.*neither sform nor qform")
+def test_a_place_that_is_unknown_is_no_place(tmp_path: Path) -> None:
+    moving, fixed = load_image(nifti(tmp_path / "m.nii", edit=nowhere)), at(tmp_path, "f.nii", 0)
+    for pair in ((moving, fixed), (fixed, moving)):
+        with pytest.raises(PairError, match=r"m.nii: neither sform nor qform is set.*or let `affine` be 'affine'"):
+            check_overlap(*pair, np.eye(4))
+        assert check_overlap(*pair, np.eye(4), later=True) == []
+
+
 def test_little_overlap_is_said(tmp_path: Path) -> None:
     fixed = at(tmp_path, "f.nii", 0)
     (message,) = check_overlap(at(tmp_path, "m.nii", 17), fixed, np.eye(4))
