@@ -89,8 +89,8 @@ def require_place(scan: Scan) -> None:
     if placement is not None and placement.sform is None and placement.qform is None:
         raise PairError(
             f"{scan.path}: neither sform nor qform is set, so where the image lies is unknown, and tools differ in "
-            "what they assume; expected a header that places it. Set one, or let `affine` be 'affine', 'rigid' or 'centre', "
-            "which finds the place from the images"
+            "what they assume; expected a header that places it. Set one, or let `affine` be 'affine', 'rigid' or "
+            "'centre', which finds the place from the images"
         )
 
 
