@@ -90,18 +90,24 @@ class PairObjective:
         """The change, taken back where it folds, until neither field folds more volume than at the start."""
         for _ in range(_REPAIRS):
             fields = self.fields(points)
-            folds = torch.zeros_like(points[:, :1])
-            for name, field in fields.items():
-                volume, where = _folded(field)
-                if volume <= self._volumes[name]:
-                    continue
-                # On the moving grid the fold of an inverse lies where the field leads to.
-                here = where if name == "ddf" else warp(where, fields["ddf"])
-                folds = torch.maximum(folds, _near(here, self.spacing))
-            if not bool(folds.any()):
+            folds = [self._new_folds(name, fields) for name in fields]
+            marked = [where for where in folds if where is not None]
+            if not marked:
                 return points
-            points = points * (1 - 0.5 * folds)
+            near = _near(torch.stack(marked).amax(0), self.spacing)
+            # What lies beyond the other grid leaves no mark on this one.
+            points = points * (1 - 0.5 * near) if bool(near.any()) else points * 0.5
         return torch.zeros_like(points)
+
+    def _new_folds(self, name: str, fields: Mapping[str, Tensor]) -> Tensor | None:
+        """Voxels (B, 1, *S) of the fixed grid where a field folds; None if it does no more so than at the start."""
+        volume, where = _folded(fields[name])
+        if volume <= self._volumes[name]:
+            return None
+        if name == "ddf":
+            return where
+        # On the moving grid the fold of an inverse lies where the field leads to; wide enough not to be stepped over.
+        return warp(_widened(where, 5), fields["ddf"])
 
 
 def default_loss(values: Mapping[str, Any]) -> WeightedLosses:
@@ -132,9 +138,12 @@ def _folded(ddf: Tensor) -> tuple[float, Tensor]:
 
 def _near(where: Tensor, spacing: int) -> Tensor:
     """How near to a marked voxel control points are, in [0, 1]: (B, 1, *S) to (B, 1, *s)."""
-    dims = where.dim() - 2
-    largest, mean = (max_pool2d, avg_pool2d) if dims == 2 else (max_pool3d, avg_pool3d)
-    blocks = largest(where, spacing, spacing, ceil_mode=True)
+    flat = where.dim() == 4
+    blocks = (max_pool2d if flat else max_pool3d)(where, spacing, spacing, ceil_mode=True)
     # A control point reaches two spacings far, and beyond them the change must fade out.
-    blocks = largest(blocks, 7, 1, 3)
-    return mean(blocks, 3, 1, 1, count_include_pad=False)
+    return (avg_pool2d if flat else avg_pool3d)(_widened(blocks, 5), 3, 1, 1, count_include_pad=False)
+
+
+def _widened(where: Tensor, width: int) -> Tensor:
+    """Mark the neighbours of what is marked too: a box of an odd width."""
+    return (max_pool2d if where.dim() == 4 else max_pool3d)(where, width, 1, width // 2)

@@ -165,7 +165,7 @@ class Refinement:
         shown = _Progress(iterations)
         while True:
             total = pair.loss(points)
-            losses.append(float(total))
+            losses.append(float(total.detach()))
             if losses[-1] <= min(losses):
                 best.copy_(points.detach())
             shown(losses)
