@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from common.io import grid_of, load_image
+from common.io.label_maps import load_label_map
 from common.spatial import Grid, SpatialTransform, affine_to_ddf, warp
 from common.spatial.world import field_on_grid
 
@@ -30,7 +31,8 @@ class RegisteredPair:
     """One pair of an evaluator's output, carried from the grids that the network saw to those of the files.
 
     Args:
-        pair: the files: ``moving`` and ``fixed``, ``moving_label`` where there is one.
+        pair: the files: ``moving`` and ``fixed``, ``moving_label`` where there is one; ``moving_frame`` and
+            ``fixed_frame`` of 4-D files.
         output: of the evaluator, for a batch: ``ddf`` (B, d, \\*S), ``fixed_affine`` and ``moving_affine``
             (B, d+1, d+1) from voxels of what the network saw to the world of each file, RAS mm; optionally
             ``inverse_ddf`` (B, d, \\*S), and ``affine_matrix`` (B, d+1, d+1), the alignment that came before the
@@ -44,8 +46,16 @@ class RegisteredPair:
 
     def __init__(self, pair: Mapping[str, Any], output: Mapping[str, Any], item: int) -> None:
         self.pair, self.output, self.item = pair, output, item
-        self.moving, self.fixed = load_image(pair["moving"]), load_image(pair["fixed"])
+        self.moving, self.fixed = (load_image(pair[role], pair.get(f"{role}_frame")) for role in ("moving", "fixed"))
         self.ddf = self.on_files(output["ddf"][item : item + 1])
+
+    def label(self, role: str) -> Tensor | None:
+        """(1, 1, \\*S) int32, the label map of a scan, ``moving`` or ``fixed``, if the pair names one."""
+        path = self.pair.get(f"{role}_label")
+        if not path:
+            return None
+        array = load_label_map(path, self.pair.get(f"{role}_frame")).array
+        return torch.from_numpy(array.astype("int32"))[None, None].to(self.device)
 
     @property
     def device(self) -> torch.device:

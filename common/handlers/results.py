@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from common.handlers.registered import RegisteredPair
-from common.io import Scan, load_image, save_field, save_image, save_transform
+from common.io import Scan, save_field, save_image, save_transform
 from common.spatial import SpatialTransform, jacobian_determinant, warp_labels, warp_scan
 
 __all__ = [
@@ -70,10 +70,10 @@ def write_moved_label(folder: Path, found: RegisteredPair, start: Tensor) -> dic
     Returns:
         for the picture, ``moving_label`` and ``moved_label`` (1, \\*S), both on the fixed grid.
     """
-    if not found.pair.get("moving_label"):
+    volume = found.label("moving")
+    if volume is None:
         return {}
-    volume = torch.from_numpy(load_image(found.pair["moving_label"]).array.astype("int32"))[None, None]
-    before, after = (warp_labels(volume.to(found.device), field, padding="zeros")[0] for field in (start, found.ddf))
+    before, after = (warp_labels(volume, field, padding="zeros")[0] for field in (start, found.ddf))
     save_image(folder / "moved_label.nii.gz", after[0].cpu().numpy(), found.fixed.affine_3d)
     return {"moving_label": before, "moved_label": after}
 

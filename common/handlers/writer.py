@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +29,8 @@ from common import __version__
 from common.handlers.figures import registration_figure
 from common.handlers.output import claim_folder
 from common.handlers.registered import RegisteredPair
+from common.handlers.report import ReportInputs, write_report
+from common.handlers.report.inputs import library_versions
 from common.handlers.results import (
     FORMS,
     as_image,
@@ -38,7 +42,8 @@ from common.handlers.results import (
     write_moved_label,
     write_transform,
 )
-from common.io import PairFolders, Scan, require_label_map
+from common.io import PairFolders, Scan, load_image, require_label_map
+from common.io.label_maps import load_label_map
 from common.io.pair_folders import write_measures
 from common.spatial import warp_scan
 
@@ -61,7 +66,7 @@ class RegistrationWriter:
       ITK's composite, in which the affine map that the network started from is a part of its own;
     - ``jacobian.nii.gz``, how much volume of the moving scan each unit of volume takes, 0 and less where the map folds;
     - the network's maps, such as ``weight_map.nii.gz``;
-    - ``registration.png``, and at the very end ``metrics.json``.
+    - ``registration.png``, ``report.html`` if asked for, and at the very end ``metrics.json``.
 
     On the grid of the moving file lie ``inverse_ddf.nii.gz`` and ``inverse_moved.nii.gz``, the fixed scan brought back;
     ``inverse_transform.h5`` is the way back as a composite. The inverse is the network's own where it gives one, else a
@@ -81,7 +86,8 @@ class RegistrationWriter:
         maps: outputs of the network, (B, 1, \\*S) on the fixed grid, that become files where it gives them.
         folders: where the pairs of a list go, see :class:`common.io.PairFolders`.
         inverse: ``"auto"`` as above, or ``"none"`` for no inverse.
-        bundle: the bundle's folder or name, for the JSON files.
+        bundle: the bundle's folder or name, for the JSON files and the report.
+        report: write ``report.html`` too, a page with everything about the pair.
 
     Raises:
         ValueError: for an unknown format or kind of inverse; when the evaluator starts, for a label map with fractional
@@ -99,6 +105,7 @@ class RegistrationWriter:
         folders: PairFolders | None = None,
         inverse: str = "auto",
         bundle: str | Path | None = None,
+        report: bool = False,
     ) -> None:
         self.forms = _forms(field_format)
         if inverse not in ("auto", "none"):
@@ -107,7 +114,7 @@ class RegistrationWriter:
         self.pairs = {_name(pair): pair for pair in pairs}
         self.folders = folders
         self.maps = tuple(maps)
-        self.inverse = inverse
+        self.inverse, self.report = inverse, report
         self.made_by = {"made_by": f"WarpZoo {__version__}", **_bundle(bundle)}
 
     @property
@@ -127,7 +134,8 @@ class RegistrationWriter:
             return  # The maps of a list are looked at pair by pair, when each is loaded.
         for pair in self.pairs.values():
             if pair.get("moving_label"):
-                require_label_map(pair["moving"], pair["moving_label"])
+                frame = pair.get("moving_frame")
+                require_label_map(load_image(pair["moving"], frame), load_label_map(pair["moving_label"], frame))
 
     def _write_batch(self, engine: Engine) -> None:
         output = engine.state.output
@@ -169,9 +177,59 @@ class RegistrationWriter:
         del image, start
         _draw(folder, found, before, moved, {**labels, **maps})
         timings = _timings(found) | {"write": time.perf_counter() - began}
-        logger.info("wrote %s in %.1f s", folder, timings["write"])
+        if self.report:
+            seen: dict[str, Any] = {"before": before, "moved": moved, "before_label": labels.get("moving_label")}
+            seen |= {"moved_label": labels.get("moved_label"), "fixed_label": found.label("fixed")}
+            self._write_report(folder, found, seen, maps, timings)
+        logger.info("wrote %s in %.1f s", folder, time.perf_counter() - began)
         about: dict[str, Any] = {"timings": {name: round(seconds, 3) for name, seconds in timings.items()}}
+        about |= {"refinement": found.output["refinement"]} if "refinement" in found.output else {}
         return about if residual is None else {**about, "inverse_residual_mm": residual}
+
+    def _write_report(
+        self,
+        folder: Path,
+        found: RegisteredPair,
+        seen: Mapping[str, Any],
+        maps: Mapping[str, Any],
+        timings: Mapping[str, float],
+    ) -> None:
+        """``report.html``.
+
+        Args:
+            folder: where to.
+            found: the pair.
+            seen: images and label maps on the fixed file's grid, as :class:`common.handlers.report.ReportInputs` calls
+                them.
+            maps: what :meth:`_write_maps` has for pictures.
+            timings: seconds by stage.
+        """
+        more: dict[str, Any] = (
+            {"title": f"Registration by {self.made_by['bundle']}"} if "bundle" in self.made_by else {}
+        )
+        measures = _measured(found.output, found.item)
+        inputs = ReportInputs(
+            moving=found.moving,
+            fixed=found.fixed,
+            ddf=found.ddf,
+            maps={name.replace("_", " "): each for name, each in maps.items() if isinstance(each, Tensor)},
+            command=shlex.join(["python", *sys.orig_argv[1:]]),
+            versions=library_versions(found.device),
+            timings=timings,
+            measures=measures,
+            label_names=self._label_names(measures),
+            warnings=_warnings(found),
+            **seen,
+            **more,
+        )
+        write_report(folder / "report.html", inputs)
+
+    def _label_names(self, measures: Mapping[str, Sequence[float]]) -> Sequence[str]:
+        columns = {} if self.folders is None else self.folders.columns
+        named = [
+            columns[name] for name, row in measures.items() if len(row) > 1 and len(columns.get(name, ())) == len(row)
+        ]
+        return named[0] if named else ()
 
     def _write_transforms(self, folder: Path, found: RegisteredPair) -> float | None:
         """Write the ways there and back; returns the residual of a numerical inverse, in mm."""
@@ -234,6 +292,12 @@ def _name(pair: Mapping[str, Any]) -> str:
 
 def _measured(output: Mapping[str, Any], item: int) -> dict[str, list[float]]:
     return {name: values[item].tolist() for name, values in output["metrics"].items()}
+
+
+def _warnings(found: RegisteredPair) -> list[str]:
+    """What was noted when the pair was loaded, a line each."""
+    notes = found.output.get("warnings") or ""
+    return [line for line in (notes if isinstance(notes, str) else notes[found.item]).splitlines() if line]
 
 
 def _timings(found: RegisteredPair) -> dict[str, float]:

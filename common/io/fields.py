@@ -39,6 +39,7 @@ _MEANING = {
     "l2r": ({"format": "l2r", "units": "voxel", "axes": "array"}, "i -> i + d(i)"),
 }
 _VECTOR_INTENT = 1007
+_ROWS = 8  # that are converted at a time
 _NIFTI = (".nii", ".nii.gz")
 
 
@@ -113,9 +114,8 @@ def save_field(
     placement = affine_3d(fixed)
     if fmt == "itk":
         _refuse_shear(placement, path)
-        stored = np.moveaxis(field_to_lps(field, fixed, moving), 0, -1)
         # NIfTI's vectors are the fifth axis; the third (2-D) and fourth are there to be skipped.
-        stored = stored.reshape(*field.shape[1:], *[1] * (4 - d), d)
+        stored = _lps_channels_last(field, fixed, moving).reshape(*field.shape[1:], *[1] * (4 - d), d)
     elif fmt == "l2r":
         stored = np.moveaxis(field, 0, -1)
     else:
@@ -179,6 +179,23 @@ def load_field(
     _refuse_other_grid(own, given, field.shape[1:], path)
     moving = given if moving_affine is None else affine_3d(np.asarray(moving_affine, dtype=np.float64))
     return torch.from_numpy(field_from_lps(field, given, moving)).float()[None]
+
+
+def _lps_channels_last(field: np.ndarray, fixed: np.ndarray, moving: np.ndarray | None) -> np.ndarray:
+    """(*S, d) float32: :func:`field_to_lps` by rows: a volume in double precision takes many times its size."""
+    stored = np.empty((*field.shape[1:], field.shape[0]), dtype=np.float32)
+    for first in range(0, field.shape[1], _ROWS):
+        affines = [None if affine is None else affine @ _shift(first, len(affine)) for affine in (fixed, moving)]
+        slab = field_to_lps(field[:, first : first + _ROWS], *affines)  # type: ignore[arg-type]
+        stored[first : first + _ROWS] = np.moveaxis(slab, 0, -1)
+    return stored
+
+
+def _shift(rows: int, size: int) -> np.ndarray:
+    """(size, size): the voxel that a slab which starts at this row calls its first."""
+    matrix = np.eye(size)
+    matrix[0, -1] = rows
+    return matrix
 
 
 def _affines(fixed: np.ndarray, moving: np.ndarray | None, d: int) -> tuple[np.ndarray, np.ndarray]:

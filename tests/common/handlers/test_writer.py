@@ -49,6 +49,8 @@ def register(
     weight: torch.Tensor | None = None,
     ddf: torch.Tensor | None = None,
     timings: dict[str, Any] | None = None,
+    warnings: list[str] | None = None,
+    refinement: dict[str, float] | None = None,
     **options: Any,
 ) -> list[int]:
     """Write a shift along the first axis, or a field; returns how many batches were processed.
@@ -65,8 +67,8 @@ def register(
         field = field if ddf is None else ddf
         grids = {name: torch.eye(4, dtype=torch.float64)[None] for name in ("fixed_affine", "moving_affine")}
         fields: dict[str, Any] = {"ddf": field, "inverse_ddf": -field} if inverse is True else {"ddf": field}
-        fields |= {} if weight is None else {"weight_map": weight}
-        fields |= {} if timings is None else {"timings": timings}
+        more = {"weight_map": weight, "timings": timings, "warnings": warnings, "refinement": refinement}
+        fields |= {name: value for name, value in more.items() if value is not None}
         return {"moving_id": ["moving"], "fixed_id": ["fixed"], "metrics": measured, **fields, **grids}
 
     engine = Engine(step)
@@ -165,6 +167,29 @@ def test_what_is_known_of_a_pair_is_said_beside_the_transform(pair: dict[str, An
     said = json.loads((tmp_path / "own/inverse_ddf.json").read_text())
     assert "by the method" in said["inversion"] and "residual_mm" not in said
     assert "inverse_residual_mm" not in json.loads((tmp_path / "own/metrics.json").read_text())
+
+
+def test_the_report_is_told_what_is_known(pair: dict[str, Any], tmp_path: Path) -> None:
+    notes = {"warnings": ["the scans hardly overlap\nthe labels differ"], "refinement": {"iterations": 7}}
+    register(
+        tmp_path / "out", {**pair, "fixed_label": pair["moving_label"]}, report=True, bundle="some_bundle", **notes
+    )
+    page = (tmp_path / "out/report.html").read_text()
+    for text in ("the scans hardly overlap", "the labels differ", "Registration by some_bundle", "dice"):
+        assert text in page, text
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["refinement"] == {"iterations": 7}
+
+
+def test_a_frame_of_a_series_is_written_as_it_was_registered(pair: dict[str, Any], tmp_path: Path) -> None:
+    single, labels = (load_image(pair[name]).array for name in ("moving", "moving_label"))
+    register(tmp_path / "single", pair)
+    scan(pair["moving"], np.stack([single * 0, single], -1))
+    for stored in (labels, np.stack([labels * 0, labels], -1)):  # a label map for all frames, or one for each
+        scan(pair["moving_label"], stored)
+        register(tmp_path / "frame", {**pair, "moving_frame": 1})
+        for name in ("moved", "moved_label"):
+            a, b = (load_image(tmp_path / f"{folder}/{name}.nii.gz").array for folder in ("single", "frame"))
+            assert np.array_equal(a, b) and a.any(), name
 
 
 def test_seconds_of_the_stages_are_those_of_the_pair(pair: dict[str, Any], tmp_path: Path) -> None:
