@@ -96,7 +96,7 @@ class Refinement:
         self,
         loss: WeightedLosses | None = None,
         *,
-        spacing: int = 2,
+        spacing: int = 3,
         learning_rate: float = 0.5,
         steps: int = 6,
         patience: int = 10,
