@@ -24,7 +24,7 @@ import sys
 COMMANDS = {
     "register": ("common.register", "register"),
     "apply": ("common.apply", "apply"),
-    "export": ("common.export", "main"),
+    "export": ("common.export", "export"),
     "package": ("common.package", "package"),
 }
 

@@ -47,7 +47,7 @@ FORMATS = {"ts": ".ts", "pt2": ".pt2", "onnx": ".onnx"}
 OPSETS = {2: 18, 3: 20}
 
 _DEFAULT_SIZE = {2: (96, 96), 3: (48, 48, 48)}
-_LONGEST = 1024  # voxels along an axis of a program for any size
+_SHORTEST, _LONGEST = 33, 1024  # voxels along an axis of a program for any size
 
 
 class ExportError(RuntimeError):
@@ -77,7 +77,11 @@ class Exported:
 
     def __str__(self) -> str:
         compared = ", ".join(f"{difference:.2g} at {_text(size)}" for size, difference in self.differences.items())
-        takes = "any size" if self.any_size else f"{_text(next(iter(self.differences)))} only"
+        takes = (
+            f"any size from {_SHORTEST} voxels an axis"
+            if self.any_size
+            else f"{_text(next(iter(self.differences)))} only"
+        )
         return (
             f"{self.path}: {self.format}, takes {takes}; largest difference {compared} voxels, of displacements up to "
             f"{self.magnitude:.3g}; CPU time {self.seconds[0]:.2f} s by the network, "
@@ -220,7 +224,7 @@ def _write_torchscript(network: nn.Module, image: Tensor, path: Path, any_size: 
 
 
 def _dynamic(image: Tensor) -> tuple[dict[int, Any], ...]:
-    axes = {2 + axis: torch.export.Dim(f"size{axis}", max=_LONGEST) for axis in range(image.ndim - 2)}
+    axes = {2 + axis: torch.export.Dim(f"size{axis}", min=_SHORTEST, max=_LONGEST) for axis in range(image.ndim - 2)}
     return ({0: None, 1: None, **axes},)
 
 
@@ -302,12 +306,15 @@ def _text(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def build_network(bundle: str, spatial_dims: int | None = None, **options: Any) -> tuple[nn.Module, int]:
+def build_network(
+    bundle: str, spatial_dims: int | None = None, overlays: Sequence[str] = (), **options: Any
+) -> tuple[nn.Module, int]:
     """The network of a bundle's ``inference.json`` with its weights, and the channels of a pair of images.
 
     Args:
         bundle: the bundle's name.
         spatial_dims: 2 or 3; those of the bundle's metadata by default.
+        overlays: configs of the bundle that come after ``inference.json``, such as ``vm`` for ``vm.json``.
         options: values for keys of the config.
 
     Raises:
@@ -318,24 +325,26 @@ def build_network(bundle: str, spatial_dims: int | None = None, **options: Any) 
     root = Path(common.bundle_root(bundle))
     inputs = json.loads((root / "configs/metadata.json").read_text())["network_data_format"]["inputs"]["image"]
     parser = ConfigParser()
-    parser.read_config(str(root / "configs/inference.json"))
+    parser.read_config([str(root / f"configs/{name}.json") for name in ("inference", *overlays)])
     options = {"spatial_dims": spatial_dims or len(inputs["spatial_shape"]), "device": torch.device("cpu"), **options}
     for key, value in options.items():
         if key.split("#")[0].split("::")[0] not in parser.config:
             raise ValueError(f"--{key} is no key of {root / 'configs/inference.json'}")
         parser[key] = value
     network: nn.Module = parser.get_parsed_content("network_def")
-    parser.get_parsed_content("loaded" if "loaded" in parser.config else "weights")
+    if parser.get_parsed_content("checkpoint"):
+        parser.get_parsed_content("loaded" if "loaded" in parser.config else "weights")
     channels = parser.config.get("channels")
     return network, 2 * channels if isinstance(channels, int) else inputs["num_channels"]
 
 
-def main(
+def export(
     bundle: str,
     format: str = "auto",
     output: str | None = None,
     spatial_size: Sequence[int] | None = None,
     any_size: bool = False,
+    overlay: str | Sequence[str] = (),
     tolerance: float = 1e-3,
     **options: Any,
 ) -> None:
@@ -347,13 +356,15 @@ def main(
         output: the file; ``runs/<bundle>/network.<format>`` by default.
         spatial_size: such as "[160, 192, 160]", which the program then takes.
         any_size: have it take other sizes too, which not every network allows.
+        overlay: another config of the bundle after ``inference.json``, or several, such as ``vm``.
         tolerance: largest difference between network and file, in voxels.
         options: any option of the bundle's ``inference.json``, such as ``checkpoint``.
     """
     if output is None:
         format = "pt2" if format == "auto" else format
         output = f"runs/{bundle}/network{FORMATS.get(format, '')}"
-    network, channels = build_network(bundle, len(spatial_size) if spatial_size else None, **options)
+    overlays = (overlay,) if isinstance(overlay, str) else overlay
+    network, channels = build_network(bundle, len(spatial_size) if spatial_size else None, overlays, **options)
     exported = export_network(
         network, output, format, spatial_size, channels=channels, any_size=any_size, tolerance=tolerance
     )
@@ -363,4 +374,4 @@ def main(
 if __name__ == "__main__":
     import fire
 
-    fire.Fire(main)
+    fire.Fire(export)
