@@ -61,6 +61,7 @@ def _run(arguments: list[str], cwd: str, variables: dict[str, str], streams: lis
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
+    sys.dont_write_bytecode = False  # else every command would compile the core anew
     start, *rest = arguments
     program = rest.pop(0) if start in ("-m", "-c") else start
     installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
