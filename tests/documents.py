@@ -21,6 +21,7 @@ import subprocess
 from pathlib import Path
 
 _PROGRAMS = ("python", "python3", "torchrun", "make", "pip", "pytest", "tensorboard", "srun", "sbatch", "git", "mlflow")
+_PROGRAMS += ("sha256sum",)
 _PRELUDE = """
 set -u
 PATH=/nowhere

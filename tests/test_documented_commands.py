@@ -39,6 +39,9 @@ PAGES = sorted(
 )
 
 
+BUNDLES = sorted(path.name for path in (REPOSITORY / "bundles").iterdir())
+
+
 def read(page: str) -> str:
     return (REPOSITORY / page).read_text(encoding="utf-8")
 
@@ -93,6 +96,9 @@ def script_problems(path: Path, arguments: list[str]) -> list[str]:
         return [f"no file {path}"]
     package = "".join(part.read_text() for part in ([path] if path.stem != "__main__" else path.parent.glob("*.py")))
     names = [name for name in documents.options(arguments) if not re.search(rf'"--{name}"|\b{name}: ', package)]
+    if "**options: Any" in package and arguments[0] in BUNDLES:
+        keys = json.loads(read(f"bundles/{arguments[0]}/configs/inference.json"))
+        names = [name for name in names if name not in keys]
     return [f"{path.name} has no --{name}" for name in names]
 
 
@@ -110,8 +116,10 @@ def module_problems(module: str, arguments: list[str]) -> list[str]:
     return script_problems(path, arguments)
 
 
-def bundle_problems(verb: str, *arguments: str) -> list[str]:
-    options = documents.options(list(arguments))
+def bundle_problems(verb: str, *given: str) -> list[str]:
+    # What a page has packed and downloaded has the files of the bundle.
+    arguments = [re.sub(r"^zoo/", "bundles/", text) for text in given]
+    options = documents.options(arguments)
     if verb != "run":
         function = getattr(monai.bundle, verb, None)
         if function is None:

@@ -52,6 +52,7 @@ __all__ = ["RegistrationWriter"]
 logger = logging.getLogger(__name__)
 
 _DRAWN_MAPS = ("weight_map", "uncertainty")
+_INVERSES = ("network", "auto", "none")
 
 
 class RegistrationWriter:
@@ -62,15 +63,15 @@ class RegistrationWriter:
 
     - ``moved.nii.gz``, the moving file itself, interpolated once, and ``moved_label.nii.gz`` where the pair names a
       ``moving_label``;
-    - ``ddf.nii.gz``, all of the motion as a displacement field that ITK, ANTs and Slicer apply, and ``transform.h5``,
+    - ``ddf.nii.gz``, all of the motion as a displacement field that ITK, ANTs and Slicer apply, or ``transform.h5``,
       ITK's composite, in which the affine map that the network started from is a part of its own;
     - ``jacobian.nii.gz``, how much volume of the moving scan each unit of volume takes, 0 and less where the map folds;
     - the network's maps, such as ``weight_map.nii.gz``;
     - ``registration.png``, ``report.html`` if asked for, and at the very end ``metrics.json``.
 
     On the grid of the moving file lie ``inverse_ddf.nii.gz`` and ``inverse_moved.nii.gz``, the fixed scan brought back;
-    ``inverse_transform.h5`` is the way back as a composite. The inverse is the network's own where it gives one, else a
-    numerical one, whose residual ``metrics.json`` has as ``inverse_residual_mm``. Beside each transform a JSON file of
+    ``inverse_transform.h5`` is the way back as a composite. The inverse is the network's own where it gives one, else,
+    if asked for, a numerical one, whose residual ``metrics.json`` has as ``inverse_residual_mm``. Beside each transform a JSON file of
     the same name says in words what its numbers mean. Outside of a scan images have the value 0, or the scan's lowest
     where that is negative.
 
@@ -81,11 +82,12 @@ class RegistrationWriter:
     Args:
         output_dir: folder, made and tried before the first pair.
         pairs: the pairs in the evaluator's order: ``moving`` and ``fixed`` are files, ``moving_label`` may be.
-        field_format: the form of ``ddf.nii.gz``, ``"itk"`` or ``"l2r"`` (see :func:`common.io.save_field`), beside
-            which ``transform.h5`` is written; or a list of all forms to write, of these and ``"composite"``.
+        field_format: what is written of the transform: ``"itk"`` or ``"l2r"`` (see :func:`common.io.save_field`),
+            ``"composite"`` (ITK takes some eight seconds to load for it), or a list of these.
         maps: outputs of the network, (B, 1, \\*S) on the fixed grid, that become files where it gives them.
         folders: where the pairs of a list go, see :class:`common.io.PairFolders`.
-        inverse: ``"auto"`` as above, or ``"none"`` for no inverse.
+        inverse: ``"network"`` for the network's own where it gives one, ``"auto"`` for a numerical one where it does
+            not, ``"none"`` for none.
         bundle: the bundle's folder or name, for the JSON files and the report.
         report: write ``report.html`` too, a page with everything about the pair.
 
@@ -103,13 +105,13 @@ class RegistrationWriter:
         field_format: str | Sequence[str] = "itk",
         maps: Sequence[str] = ("weight_map",),
         folders: PairFolders | None = None,
-        inverse: str = "auto",
+        inverse: str = "network",
         bundle: str | Path | None = None,
         report: bool = False,
     ) -> None:
         self.forms = _forms(field_format)
-        if inverse not in ("auto", "none"):
-            raise ValueError(f"unknown inverse '{inverse}', expected 'auto' or 'none'")
+        if inverse not in _INVERSES:
+            raise ValueError(f"unknown inverse '{inverse}', expected one of {list(_INVERSES)}")
         self.output_dir = Path(output_dir)
         self.pairs = {_name(pair): pair for pair in pairs}
         self.folders = folders
@@ -237,7 +239,8 @@ class RegistrationWriter:
         about = {**files, **self.made_by}
         transform = found.transform()
         write_transform(folder, found, transform, self.forms, about)
-        return write_inverse(folder, found, transform, self.forms, about) if self.inverse == "auto" else None
+        wanted = self.inverse == "auto" or (self.inverse == "network" and "inverse_ddf" in found.output)
+        return write_inverse(folder, found, transform, self.forms, about) if wanted else None
 
     def _write_maps(self, folder: Path, found: RegisteredPair) -> dict[str, Any]:
         """Write what the network says beside the field, on the grid of the fixed file; a subclass may write more.
@@ -268,8 +271,7 @@ def _view(scan: Scan) -> dict[str, Any]:
 
 
 def _forms(field_format: str | Sequence[str]) -> tuple[str, ...]:
-    """A single form of a field has the composite beside it."""
-    forms = dict.fromkeys([field_format, "composite"] if isinstance(field_format, str) else field_format)
+    forms = dict.fromkeys([field_format] if isinstance(field_format, str) else field_format)
     unknown = [form for form in forms if form not in FORMS]
     if unknown or not forms:
         raise ValueError(f"unknown field_format {unknown}, expected one of {list(FORMS)}, or a list of them")

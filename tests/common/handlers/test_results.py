@@ -62,7 +62,8 @@ def write(scans: tuple[Scan, Scan], output: dict[str, Any], folder: Path, **opti
     pair = {"moving": scans[1].path, "fixed": scans[0].path}
     names = {"moving_id": ["moving"], "fixed_id": ["fixed"], "metrics": {}}
     engine = Engine(lambda engine, batch: {**names, **output})
-    RegistrationWriter(folder, [pair], **options).attach(engine)
+    everything: dict[str, Any] = {"field_format": ["itk", "composite"], "inverse": "auto"}
+    RegistrationWriter(folder, [pair], **{**everything, **options}).attach(engine)
     engine.run([0])
 
 

@@ -125,6 +125,7 @@ def test_a_map_lies_on_the_grid_of_the_fixed_file(pair: dict[str, Any], tmp_path
 
 
 WAY_THERE = {"ddf.nii.gz", "ddf.json", "transform.h5", "transform.json"}
+BROUGHT_BACK = "inverse_moved.nii.gz"
 WAY_BACK = {f"inverse_{name}" for name in (*WAY_THERE, "moved.nii.gz")}
 ALWAYS = {"moved.nii.gz", "moved_label.nii.gz", "jacobian.nii.gz", "registration.png", "metrics.json"}
 
@@ -132,11 +133,15 @@ ALWAYS = {"moved.nii.gz", "moved_label.nii.gz", "jacobian.nii.gz", "registration
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ALWAYS | WAY_THERE | WAY_BACK),
-        ({"inverse": "none"}, ALWAYS | WAY_THERE),
+        ({"inverse": "network"}, ALWAYS | {"ddf.nii.gz", "ddf.json"}),
+        (
+            {"inverse": True},
+            ALWAYS | {"ddf.nii.gz", "ddf.json", "inverse_ddf.nii.gz", "inverse_ddf.json"} | {BROUGHT_BACK},
+        ),
+        ({"inverse": "auto", "field_format": ["itk", "composite"]}, ALWAYS | WAY_THERE | WAY_BACK),
         ({"inverse": "none", "field_format": ["itk"]}, ALWAYS | {"ddf.nii.gz", "ddf.json"}),
         ({"inverse": "none", "field_format": ["composite"]}, ALWAYS | {"transform.h5", "transform.json"}),
-        ({"inverse": "none", "field_format": "l2r"}, ALWAYS | WAY_THERE),
+        ({"inverse": "none", "field_format": "l2r"}, ALWAYS | {"ddf.nii.gz", "ddf.json"}),
         (
             {"inverse": "none", "field_format": ["itk", "l2r"]},
             ALWAYS | {"ddf.nii.gz", "ddf.json", "ddf_l2r.nii.gz", "ddf_l2r.json"},
@@ -154,7 +159,7 @@ def test_what_is_known_of_a_pair_is_said_beside_the_transform(pair: dict[str, An
     bundle = tmp_path / "some_bundle"
     (bundle / "configs").mkdir(parents=True)
     (bundle / "configs/metadata.json").write_text('{"version": "1.2.3"}')
-    register(tmp_path / "out", pair, bundle=bundle)
+    register(tmp_path / "out", pair, bundle=bundle, field_format=["itk", "composite"], inverse="auto")
     for name in ("ddf", "transform", "inverse_ddf", "inverse_transform"):
         said = json.loads((tmp_path / f"out/{name}.json").read_text())
         assert said["fixed_file"] == str(pair["fixed"]) and said["moving_file"] == str(pair["moving"]), name
@@ -244,7 +249,7 @@ def test_an_unknown_format_is_refused_at_once(tmp_path: Path) -> None:
     for forms in ("itkk", ["itk", "itkk"]):
         with pytest.raises(ValueError, match=r"field_format \['itkk'\], expected one of \['itk', 'l2r', 'composite'\]"):
             RegistrationWriter(tmp_path, [], field_format=forms)
-    with pytest.raises(ValueError, match="unknown inverse 'exact', expected 'auto' or 'none'"):
+    with pytest.raises(ValueError, match="unknown inverse 'exact', expected one of"):
         RegistrationWriter(tmp_path, [], inverse="exact")
 
 
