@@ -71,9 +71,9 @@ class RegistrationWriter:
 
     On the grid of the moving file lie ``inverse_ddf.nii.gz`` and ``inverse_moved.nii.gz``, the fixed scan brought back;
     ``inverse_transform.h5`` is the way back as a composite. The inverse is the network's own where it gives one, else,
-    if asked for, a numerical one, whose residual ``metrics.json`` has as ``inverse_residual_mm``. Beside each transform a JSON file of
-    the same name says in words what its numbers mean. Outside of a scan images have the value 0, or the scan's lowest
-    where that is negative.
+    if asked for, a numerical one, whose residual ``metrics.json`` has as ``inverse_residual_mm``. Beside each transform
+    a JSON file of the same name says in words what its numbers mean. Outside of a scan images have the value 0, or the
+    scan's lowest where that is negative.
 
     Several pairs get a folder each, ``<moving_id>_to_<fixed_id>``, or the one that ``folders`` has for their ``id``.
     With ``folders`` a pair that cannot be written is no reason to stop: the output gets the reason as ``error``, for a
