@@ -82,7 +82,7 @@ def test_copies_of_the_tree_give_the_same_bytes(
     zips = []
     for number, place in enumerate(("here", "deep/down/there")):
         root = tmp_path / place
-        for part in ("common", "data_splits", "bundles/gradirn"):
+        for part in ("common", "data_splits", "docs", "bundles/gradirn"):
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(repository / part, root / part, copy_function=shutil.copyfile, ignore=ignored)
         for path in root.rglob("*"):
