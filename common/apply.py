@@ -154,7 +154,7 @@ def _carry_image(
     device: str | None,
     output: str,
 ) -> None:
-    target = load_image(fixed, frame=_first_frame(fixed))
+    target = load_series(fixed)[0]  # only its grid is asked for, which all frames of a series share
     scans = load_series(moving) if kind == "probability" else [load_image(moving)]
     grids = grid_of(target), grid_of(scans[0])
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -165,11 +165,6 @@ def _carry_image(
         save_series(output, list(moved), target.affine_3d)
     else:
         save_image(output, moved[0].astype(scans[0].array.dtype) if "label" in kind else moved[0], target.affine_3d)
-
-
-def _first_frame(path: str) -> int | None:
-    """Of a series only the grid is asked for, which all of its frames share."""
-    return 0 if len(load_series(path)) > 1 else None
 
 
 def _stacked(scans: Sequence[Scan], kind: str) -> np.ndarray:

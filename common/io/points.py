@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common.io.files import writing
-from common.spatial.transform import Grid
+from common.spatial.transform import Affine, Grid
 
 __all__ = ["SPACES", "PointTable", "PointsError", "from_ras", "load_points", "save_points", "to_ras"]
 
@@ -116,12 +116,12 @@ def to_ras(coordinates: np.ndarray, space: str, grid: Grid | None = None) -> Ten
         ValueError: for another space, or voxels of no grid.
     """
     points = torch.as_tensor(np.asarray(coordinates), dtype=torch.float64)
-    return _affine(points, _to_ras(space, grid, points.shape[1]))
+    return Affine(_to_ras(space, grid, points.shape[1])).points(points)
 
 
 def from_ras(points: Tensor, space: str, grid: Grid | None = None) -> Tensor:
     """The inverse of :func:`to_ras`."""
-    return _affine(points.double(), torch.linalg.inv(_to_ras(space, grid, points.shape[1])))
+    return Affine(torch.linalg.inv(_to_ras(space, grid, points.shape[1]))).points(points.double())
 
 
 def _to_ras(space: str, grid: Grid | None, dims: int) -> Tensor:
@@ -133,10 +133,6 @@ def _to_ras(space: str, grid: Grid | None, dims: int) -> Tensor:
         raise ValueError(f"unknown space '{space}' of points, expected one of {list(SPACES)}")
     signs = [1.0] * (dims + 1) if space == "ras" else [-1.0, -1.0, *[1.0] * (dims - 1)]
     return torch.diag(torch.tensor(signs, dtype=torch.float64))
-
-
-def _affine(points: Tensor, matrix: Tensor) -> Tensor:
-    return points @ matrix[:-1, :-1].T + matrix[:-1, -1]
 
 
 def _is_number(cell: str) -> bool:

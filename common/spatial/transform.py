@@ -66,6 +66,11 @@ class Affine:
     def __post_init__(self) -> None:
         object.__setattr__(self, "matrix", _matrix(self.matrix, len(self.matrix) - 1))
 
+    def points(self, points: Tensor) -> Tensor:
+        """Where points (N, d) float64 go."""
+        matrix = self.matrix.to(points.device)
+        return points @ matrix[:-1, :-1].T + matrix[:-1, -1]
+
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
@@ -187,10 +192,11 @@ class SpatialTransform:
         points = points.double()
         for part in self.parts:
             if isinstance(part, Affine):
-                points = _apply(part.matrix, points)
+                points = part.points(points)
             else:
-                voxels = _apply(torch.linalg.inv(part.grid.affine), points)
-                points = _apply(part.grid.affine, warp_points(voxels[None], part.ddf.double().to(points.device))[0])
+                voxels = Affine(torch.linalg.inv(part.grid.affine)).points(points)
+                moved = warp_points(voxels[None], part.ddf.double().to(points.device))[0]
+                points = Affine(part.grid.affine).points(moved)
         return points
 
     def inverse(self, tolerance: float = 1e-3) -> tuple[SpatialTransform, float]:
@@ -233,11 +239,6 @@ def _matrix(matrix: Tensor, dims: int) -> Tensor:
 
 def _dims(part: Affine | Displacement) -> int:
     return len(part.matrix) - 1 if isinstance(part, Affine) else len(part.grid.shape)
-
-
-def _apply(matrix: Tensor, points: Tensor) -> Tensor:
-    matrix = matrix.to(points.device)
-    return points @ matrix[:-1, :-1].T + matrix[:-1, -1]
 
 
 def _rotate(matrix: Tensor, field: Tensor) -> Tensor:
