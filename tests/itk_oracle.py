@@ -33,12 +33,12 @@ NAMES = [f"{orientation}-{d}D" for orientation, d in MATRIX]
 def placement(orientation: str, shape: tuple[int, ...], spacing: tuple[float, ...], centre: float) -> np.ndarray:
     """A voxel-to-RAS affine whose field of view is centred at ``centre`` mm on each axis."""
     d = len(shape)
-    signs = {"RAS": (1, 1, 1), "LAS": (-1, 1, 1), "LPS": (-1, -1, 1), "oblique": (1, 1, 1)}[orientation]
-    rotation = np.diag(signs[:d]).astype(float)
+    signs = {"RAS": (1, 1, 1), "LAS": (-1, 1, 1), "LPS": (-1, -1, 1), "oblique": (-1, 1, 1)}[orientation]
+    rotation = np.diag(signs[:d]).astype(float)  # "oblique" is mirrored too
     if orientation == "oblique":
         wobble = np.random.default_rng(5).standard_normal((d, d))
         rotation = np.linalg.qr(np.eye(d) + 0.4 * (wobble - wobble.T))[0]
-        rotation *= np.sign(np.diag(rotation))
+        rotation *= np.sign(np.diag(rotation)) * signs[:d]
     affine = np.eye(d + 1)
     affine[:d, :d] = rotation * spacing
     affine[:d, d] = centre - affine[:d, :d] @ ((np.array(shape) - 1) / 2)
@@ -82,7 +82,7 @@ def by_itk(transform: itk.Transform, moving: Scan, fixed: Scan) -> np.ndarray:
     """The moved image of ITK, which reads the same files."""
     d = fixed.spatial_dims
     kind = itk.Image[itk.F, d]
-    reference, source = (_read(scan) for scan in (fixed, moving))
+    reference, source = (read_by_itk(scan) for scan in (fixed, moving))
     resampler = itk.ResampleImageFilter[kind, kind].New(
         source, Transform=transform, UseReferenceImage=True, ReferenceImage=reference
     )
@@ -91,7 +91,7 @@ def by_itk(transform: itk.Transform, moving: Scan, fixed: Scan) -> np.ndarray:
     return np.array(itk.array_from_image(resampler.GetOutput()).T)
 
 
-def _read(scan: Scan) -> itk.Image:
+def read_by_itk(scan: Scan) -> itk.Image:
     """ITK reads (x, y, 1) as a volume; as a plane it keeps the in-plane part of the header."""
     volume = itk.imread(str(scan.path), itk.F)
     if scan.spatial_dims == 3:

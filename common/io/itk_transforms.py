@@ -10,7 +10,8 @@
 # limitations under the License.
 """Transforms as ITK's own objects: affine maps, displacement fields and composites of them, in LPS mm.
 
-ITK's composites act on a point with the part that was added last first; ours are listed in the order of action.
+ITK's composites act on a point with the part that was added last first; ours are listed in the order of action. ITK
+takes seconds to load: it is asked for what :mod:`common.io.itk_hdf5` does not know.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.io.itk_geometry import TransformError, from_lps_affine, from_lps_field, itk_geometry, lps_matrix
+from common.io.itk_hdf5 import read_hdf5_transform, write_hdf5_transform
 from common.spatial.transform import Affine, Displacement, Grid, SpatialTransform
 
 __all__ = ["TransformError", "read_itk_transform", "write_itk_transform"]
 
-
-class TransformError(ValueError):
-    """A file that holds no transform we know, or one of another kind than is needed; the message names it."""
+_HDF5 = (".h5", ".hdf5")
 
 
 def read_itk_transform(path: Path, fixed: Grid | None = None) -> SpatialTransform:
@@ -44,6 +45,10 @@ def read_itk_transform(path: Path, fixed: Grid | None = None) -> SpatialTransfor
     Raises:
         TransformError: for a damaged file, or a kind of transform that is not linear, a field or a B-spline.
     """
+    if path.suffix in _HDF5:
+        known = read_hdf5_transform(path)
+        if known is not None:
+            return known
     import itk
 
     try:
@@ -73,8 +78,7 @@ def _parts(transform: Any, path: Path, fixed: Grid | None) -> list[Affine | Disp
         if hasattr(transform, "GetMatrix"):
             matrix[:-1, :-1] = itk.array_from_matrix(transform.GetMatrix())
         matrix[:-1, -1] = np.array(transform.GetOffset())
-        flip = _lps(dims)
-        return [Affine(torch.from_numpy(flip @ matrix @ flip))]
+        return [from_lps_affine(matrix)]
     if kind.startswith("BSpline"):
         if fixed is None:
             raise TransformError(f"{path} holds a {kind}, which needs the fixed image to be sampled on: name it too")
@@ -85,16 +89,9 @@ def _parts(transform: Any, path: Path, fixed: Grid | None) -> list[Affine | Disp
 def _from_itk_field(image: Any) -> Displacement:
     import itk
 
-    dims = image.GetImageDimension()
     direction = itk.array_from_matrix(image.GetDirection())
-    affine = np.eye(dims + 1)
-    affine[:-1, :-1] = direction * np.array(image.GetSpacing())
-    affine[:-1, -1] = np.array(image.GetOrigin())
-    array = np.moveaxis(np.array(itk.array_view_from_image(image)), -1, 0)  # (d, z, y, x)
-    field = np.ascontiguousarray(array.transpose(0, *range(dims, 0, -1)), dtype=np.float32)
-    flip = _lps(dims)
-    field *= np.diag(flip)[:dims].reshape(dims, *[1] * dims).astype(np.float32)
-    return Displacement(torch.from_numpy(field), Grid(field.shape[1:], torch.from_numpy(flip @ affine)))
+    vectors = np.array(itk.array_view_from_image(image))
+    return from_lps_field(vectors, np.array(image.GetOrigin()), np.array(image.GetSpacing()), direction)
 
 
 def _sampled(transform: Any, grid: Grid) -> Displacement:
@@ -104,10 +101,10 @@ def _sampled(transform: Any, grid: Grid) -> Displacement:
     dims = len(grid.shape)
     vectors = itk.Image[itk.Vector[itk.F, dims], dims]
     sampler = itk.TransformToDisplacementFieldFilter[vectors, itk.D].New()
-    size, origin, spacing, direction = _itk_geometry(grid)
+    size, origin, spacing, direction = itk_geometry(grid)
     sampler.SetSize(size)
-    sampler.SetOutputOrigin(origin)
-    sampler.SetOutputSpacing(spacing)
+    sampler.SetOutputOrigin(origin.tolist())
+    sampler.SetOutputSpacing(spacing.tolist())
     sampler.SetOutputDirection(itk.matrix_from_array(direction))
     sampler.SetTransform(transform)
     sampler.Update()
@@ -115,90 +112,31 @@ def _sampled(transform: Any, grid: Grid) -> Displacement:
 
 
 def write_itk_transform(path: Path, transform: SpatialTransform) -> None:
-    """Write one transform, or a composite of several.
-
-    An affine map alone is written in double precision. With a field all is in single precision, which is what fields
-    are computed in, and a fifth of the time and half of the memory; ITK's readers take either.
+    """Write one affine map, or a composite of anything.
 
     Args:
-        path: ``.h5``; for a single affine map also ``.tfm``, ``.txt`` or ``.mat``.
+        path: ``.h5`` for a composite, see :func:`common.io.itk_hdf5.write_hdf5_transform`; for a single affine map also
+            ``.tfm``, ``.txt`` or ``.mat``.
         transform: to write.
 
     Raises:
         TransformError: when the format cannot hold it, or a field lies on a sheared grid, which ITK cannot represent.
     """
-    import itk
-
-    dims = transform.spatial_dims
-    if path.suffix != ".h5" and transform.matrix is None:
-        raise TransformError(f"{path}: a displacement field goes into a .h5 or .nii.gz file, not into {path.suffix}")
-    if path.suffix != ".h5":
-        assert transform.matrix is not None
-        itk.transformwrite([_to_itk_affine(transform.matrix, itk.D)], str(path))
+    if path.suffix in _HDF5:
+        write_hdf5_transform(path, transform)
         return
-    kind = itk.D if transform.matrix is not None else itk.F
-    composite = itk.CompositeTransform[kind, dims].New()
-    # ITK looks at these arrays without owning them: they have to last until the file is written.
-    arrays = [None if isinstance(part, Affine) else _to_itk_vectors(part) for part in transform.parts]
-    for part, array in zip(reversed(transform.parts), reversed(arrays), strict=True):
-        composite.AddTransform(
-            _to_itk_affine(part.matrix, kind) if isinstance(part, Affine) else _to_itk_field(part.grid, array, path)
-        )
-    writer = itk.TransformFileWriterTemplate[kind].New()
-    writer.SetFileName(str(path))
-    writer.SetUseCompression(True)
-    writer.SetInput(composite)
-    writer.Update()
-
-
-def _to_itk_affine(matrix: Tensor, kind: Any) -> Any:
+    if transform.matrix is None:
+        raise TransformError(f"{path}: a displacement field goes into a .h5 or .nii.gz file, not into {path.suffix}")
     import itk
 
-    dims = len(matrix) - 1
-    flip = _lps(dims)
-    lps = flip @ matrix.numpy() @ flip
-    transform = itk.AffineTransform[kind, dims].New()
-    if kind is itk.F:
-        lps = lps.astype(np.float32)
+    itk.transformwrite([_to_itk_affine(transform.matrix)], str(path))
+
+
+def _to_itk_affine(matrix: Tensor) -> Any:
+    import itk
+
+    lps = lps_matrix(matrix)
+    transform = itk.AffineTransform[itk.D, len(lps) - 1].New()
     transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:-1, :-1])))
     transform.SetOffset(lps[:-1, -1].tolist())
     return transform
-
-
-def _to_itk_vectors(part: Displacement) -> np.ndarray:
-    """(z, y, x, d) float32, LPS mm."""
-    dims = len(part.grid.shape)
-    flip = np.diag(_lps(dims))[:dims].reshape(dims, *[1] * dims)
-    field = part.field.detach().cpu().float().numpy() * flip.astype(np.float32)
-    return np.ascontiguousarray(field.transpose(*range(dims, 0, -1), 0))
-
-
-def _to_itk_field(grid: Grid, array: np.ndarray | None, path: Path) -> Any:
-    """ITK's transform of vectors, which it reads where they are."""
-    import itk
-
-    dims = len(grid.shape)
-    _, origin, spacing, direction = _itk_geometry(grid)
-    if not np.allclose(direction.T @ direction, np.eye(dims), atol=1e-4):
-        raise TransformError(f"{path}: the field's grid is sheared, which ITK cannot represent: {direction.tolist()}")
-    kind = itk.Image[itk.Vector[itk.F, dims], dims]
-    image = itk.PyBuffer[kind].GetImageViewFromArray(array, True)
-    image.SetOrigin(origin)
-    image.SetSpacing(spacing)
-    image.SetDirection(itk.matrix_from_array(direction))
-    transform = itk.DisplacementFieldTransform[itk.F, dims].New()
-    transform.SetDisplacementField(image)
-    return transform
-
-
-def _itk_geometry(grid: Grid) -> tuple[list[int], list[float], list[float], np.ndarray]:
-    """Size, origin, spacing and direction, in LPS."""
-    dims = len(grid.shape)
-    affine = _lps(dims) @ grid.affine.numpy()
-    spacing = np.linalg.norm(affine[:-1, :-1], axis=0)
-    return list(grid.shape), affine[:-1, -1].tolist(), spacing.tolist(), affine[:-1, :-1] / spacing
-
-
-def _lps(dims: int) -> np.ndarray:
-    """RAS to LPS and back, homogeneous; in 2-D both axes are flipped."""
-    return np.diag([-1.0, -1.0, 1.0, 1.0] if dims == 3 else [-1.0, -1.0, 1.0])
