@@ -28,6 +28,7 @@ import monai.bundle
 import pytest
 
 from common.options import check_options
+from common.register import DEFAULT_BUNDLE
 from tests import documents
 from tests.bundles.commands import python
 
@@ -96,8 +97,9 @@ def script_problems(path: Path, arguments: list[str]) -> list[str]:
         return [f"no file {path}"]
     package = "".join(part.read_text() for part in ([path] if path.stem != "__main__" else path.parent.glob("*.py")))
     names = [name for name in documents.options(arguments) if not re.search(rf'"--{name}"|\b{name}: ', package)]
-    if "**options: Any" in package and arguments[0] in BUNDLES:
-        keys = json.loads(read(f"bundles/{arguments[0]}/configs/inference.json"))
+    bundle = documents.options(arguments).get("bundle", DEFAULT_BUNDLE) if arguments[:1] == ["register"] else ""
+    if "**options: Any" in package and (bundle or arguments[0]) in BUNDLES:
+        keys = json.loads(read(f"bundles/{bundle or arguments[0]}/configs/inference.json"))
         names = [name for name in names if name not in keys]
     return [f"{path.name} has no --{name}" for name in names]
 
@@ -224,6 +226,9 @@ nosuchprogram --help
         ("python -m benchmarks --only gradirn", ""),
         ("python -m benchmarks --nothing 1", "no --nothing"),
         ("python -m common.nothing", "no module common.nothing"),
+        ("python -m common register --moving a.nii --fixed b.nii --refine 5", ""),
+        ("python -m common register --bundle gradirn --moving a.nii --fixed b.nii --stacks True", ""),
+        ("python -m common register --moving a.nii --fixed b.nii --stacks True", "no --stacks"),
         ("python bundles/gradirn/scripts/nothing.py a b", "no file"),
         ("pip install -c constraints.txt -e .[test,track]", ""),
         ("pip install .[nothing]", "no extra nothing"),
