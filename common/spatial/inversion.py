@@ -20,8 +20,12 @@ from torch import Tensor
 
 from common.spatial.grid import as_field
 from common.spatial.sampling import sample_linear
+from common.spatial.warping import warp_points
 
 __all__ = ["Inversion", "invert"]
+
+_WORTHWHILE = 0.8  # what is left of the mean residual after an iteration that is worth another
+_SHORTEST = 2.0**-7  # of Newton's step
 
 
 class Inversion(NamedTuple):
@@ -41,17 +45,18 @@ class Inversion(NamedTuple):
 
 
 @torch.no_grad()
-def invert(ddf: Tensor, *, max_iterations: int = 50, tolerance: float = 1e-3, padding: str = "border") -> Inversion:
-    """The field that leads back, by the fixed point ``inverse(x) = -ddf(x + inverse(x))``.
+def invert(ddf: Tensor, *, max_iterations: int = 50, tolerance: float = 1e-3) -> Inversion:
+    """The field that leads back. Outside its grid ``ddf`` goes on as it is at the border. No gradient flows through it.
 
-    Converges when ``ddf`` is a contraction (no derivative of 1 or more). No gradient flows through it.
-    Source: Chen et al., A simple fixed-point approach to invert a deformation field (Medical Physics 2008).
+    First by the fixed point ``inverse(x) = -ddf(x + inverse(x))``, which is fast, but converges only where no
+    derivative of ``ddf`` is 1 or more (Chen et al., A simple fixed-point approach to invert a deformation field,
+    Medical Physics 2008). A map may stretch more than that and have an inverse all the same: once the mean residual
+    falls no more, what is left is found voxel by voxel with Newton's method, its steps halved while they lead astray.
 
     Args:
         ddf: (B, d, *S), voxels.
-        max_iterations: at most so many.
+        max_iterations: at most so many, of both kinds together.
         tolerance: voxels; the greatest residual to stop at.
-        padding: of ``ddf`` outside its grid.
 
     Returns:
         an :class:`Inversion`.
@@ -60,22 +65,74 @@ def invert(ddf: Tensor, *, max_iterations: int = 50, tolerance: float = 1e-3, pa
         ValueError: when ``ddf`` is no field.
 
     Warns:
-        UserWarning: when an item did not converge.
+        UserWarning: when an item did not converge, as where it folds.
     """
     ddf = as_field(ddf)
-    inverse, iterations = -ddf, 0
-    while True:
-        back = -sample_linear(ddf, inverse, padding)
-        residual = (inverse - back).square().sum(1).flatten(1).amax(1).sqrt()
-        converged = residual <= tolerance
-        if bool(converged.all()) or iterations >= max_iterations:
-            break
-        # Items that are done rest, so that none depends on what it shares its batch with.
-        inverse = torch.where(converged.view(-1, *(1,) * (ddf.dim() - 1)), inverse, back)
-        iterations += 1
+    inverse, iterations = _fixed_point(ddf, max_iterations, tolerance)
+    newton = [
+        _newton(ddf[item : item + 1], inverse[item], max_iterations - iterations, tolerance) for item in range(len(ddf))
+    ]
+    residual = (inverse + sample_linear(ddf, inverse, "border")).square().sum(1).flatten(1).amax(1).sqrt()
+    converged = residual <= tolerance
     if not bool(converged.all()):
         warnings.warn(
-            f"no inverse within {tolerance} voxels after {iterations} iterations: residuals {residual.tolist()}",
+            f"no inverse within {tolerance} voxels after {iterations + max(newton)} iterations: "
+            f"residuals {residual.tolist()}",
             stacklevel=2,
         )
-    return Inversion(inverse, residual, converged, iterations)
+    return Inversion(inverse, residual, converged, iterations + max(newton))
+
+
+def _fixed_point(ddf: Tensor, max_iterations: int, tolerance: float) -> tuple[Tensor, int]:
+    """The inverse as far as it goes, and after how many iterations."""
+    inverse, iterations = -ddf, 0
+    mean = torch.full((len(ddf),), torch.inf, device=ddf.device)
+    while True:
+        back = -sample_linear(ddf, inverse, "border")
+        distance = (inverse - back).square().sum(1).flatten(1)
+        now = distance.sqrt().mean(1)
+        # Items that are done rest, so that none depends on what it shares its batch with.
+        going = (distance.amax(1) > tolerance**2) & (now <= _WORTHWHILE * mean)
+        if iterations >= max_iterations or not bool(going.any()):
+            return inverse, iterations
+        inverse = torch.where(going.view(-1, *(1,) * (ddf.dim() - 1)), back, inverse)
+        mean = torch.where(going, now, -torch.inf)
+        iterations += 1
+
+
+def _newton(ddf: Tensor, inverse: Tensor, max_iterations: int, tolerance: float) -> int:
+    """Better the inverse (d, *S) of a field (1, d, *S) in place, where it is not good; returns how many iterations."""
+    left = (inverse + sample_linear(ddf, inverse[None], "border")[0]).square().sum(0) > tolerance**2
+    goal = left.nonzero().to(ddf.dtype)
+    found = goal + inverse[:, left].T
+    defect = warp_points(found[None], ddf)[0] - goal
+    length = torch.ones_like(goal[:, :1])
+    iterations = 0
+    while iterations < max_iterations:
+        open_ = ((defect.square().sum(1) > tolerance**2) & (length[:, 0] >= _SHORTEST)).nonzero()[:, 0]
+        if not len(open_):
+            break
+        tried = found[open_] - length[open_] * _newton_step(ddf, found[open_], defect[open_])
+        moved = warp_points(tried[None], ddf)[0] - goal[open_]
+        better = moved.square().sum(1, keepdim=True) < defect[open_].square().sum(1, keepdim=True)
+        found[open_] = torch.where(better, tried, found[open_])
+        defect[open_] = torch.where(better, moved, defect[open_])
+        length[open_] = torch.where(better, (2 * length[open_]).clamp(max=1), length[open_] / 2)
+        iterations += 1
+    inverse[:, left] = (found - goal).T
+    return iterations
+
+
+def _newton_step(ddf: Tensor, points: Tensor, defect: Tensor) -> Tensor:
+    """(N, d): the defect over the map's derivative at the points; the defect itself where that derivative folds."""
+    dims = points.shape[1]
+    columns = []
+    for axis in range(dims):
+        aside = torch.zeros_like(points[:1])
+        aside[:, axis] = 0.5
+        ahead, behind = (warp_points((points + side * aside)[None], ddf)[0] for side in (1, -1))
+        columns.append(ahead - behind)
+    derivative = torch.stack(columns, dim=-1)
+    sound = torch.linalg.det(derivative) > 0.01
+    identity = torch.eye(dims, dtype=derivative.dtype, device=derivative.device)
+    return torch.linalg.solve(torch.where(sound[:, None, None], derivative, identity), defect)

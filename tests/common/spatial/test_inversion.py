@@ -68,6 +68,15 @@ def test_an_item_does_not_depend_on_its_neighbours(smooth_field):
     torch.testing.assert_close(together.ddf[1:], invert(hard).ddf, rtol=0, atol=0)
 
 
+def test_slow_is_not_stalled():
+    """Derivatives of 0.8: the residual falls by a fifth an iteration, for as long as it takes."""
+    waves = torch.linspace(0, 4 * torch.pi, 64)
+    ddf = torch.zeros(1, 2, 64, 8)
+    ddf[0, 0] = (4.0 * waves.sin()).view(-1, 1)
+    found = invert(ddf, tolerance=1e-4)
+    assert found.converged.all() and found.iterations > 10
+
+
 def test_agrees_with_the_negative_velocity(smooth_field):
     velocity = smooth_field((24, 24), 2.0)
     found = invert(integrate(velocity)).ddf
@@ -80,6 +89,33 @@ def test_not_a_number_does_not_converge():
     ddf[0, 0, 2, 2] = float("nan")
     with pytest.warns(UserWarning, match="nan"):
         assert not invert(ddf, max_iterations=3).converged.any()
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (16, 21, 18)])
+def test_a_map_that_stretches_more_than_twice_has_an_inverse_too(shape, device):
+    """Along the first axis the map rises by 0.3, then by 2.4, then by 0.3 a voxel: no contraction, and no fold."""
+    third = (shape[0] - 1) // 3
+    rises = torch.tensor([0.3] * third + [2.4] * third + [0.3] * third, dtype=torch.float64)
+    values = torch.cat([torch.zeros(1, dtype=torch.float64), rises.cumsum(0)])
+    position = torch.arange(shape[0], dtype=torch.float64)
+    ddf = torch.zeros(1, len(shape), *shape, device=device)
+    ddf[0, 0] = (values - position).float().view(-1, *[1] * (len(shape) - 1)).to(device)
+    found = invert(ddf)
+    assert found.converged.all()
+    expected = np.interp(position.numpy(), values.numpy(), position.numpy()) - position.numpy()
+    line = found.ddf[0, 0].flatten(1)[:, 0].cpu().double().numpy()
+    np.testing.assert_allclose(line, expected, atol=4e-3)  # the tolerance, where the map rises by 0.3
+
+
+def test_folds_cost_few_iterations_and_do_not_spoil_the_rest(smooth_field):
+    ddf = smooth_field((16, 40), 12.0)
+    ddf[..., 14:] = 0
+    ddf[..., 24:30] = 0.25
+    with pytest.warns(UserWarning, match="no inverse within"):
+        found = invert(ddf)
+    assert found.residual > 0.1 and found.iterations < 50
+    torch.testing.assert_close(found.ddf[..., 26:28], torch.full((1, 2, 16, 2), -0.25), atol=1e-3, rtol=0)
+    assert not found.ddf[..., 34:].any()
 
 
 def test_zero_field_needs_no_iteration(smooth_image):
