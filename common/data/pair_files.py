@@ -24,16 +24,19 @@ from typing import Any
 from common.data.cohort import Cohort, load_cohort
 from common.data.datalist import Entry, unique_ids
 from common.data.places import require_files
-from common.io.headers import image_dims
+from common.io.headers import scan_dims
 from common.io.label_maps import label_values, load_label_map
+from common.io.points import SPACES
 
 __all__ = ["COLUMNS", "PairList", "read_pair_table"]
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("moving", "fixed", "moving_label", "fixed_label", "id", "moving_id", "fixed_id")
+_SCANS = ("moving", "fixed", "moving_label", "fixed_label")
+_POINTS = ("moving_points", "fixed_points")
+_FILES = (*_SCANS, *_POINTS, "affine")
+COLUMNS = (*_FILES, "id", "moving_id", "fixed_id")
 SPLITS = ("test", "validation", "training_pairs")
-_FILES = COLUMNS[:4]
 _TABLES = (".csv", ".tsv")
 # What a file system forbids, or reads as a path.
 _UNSAFE = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
@@ -59,6 +62,10 @@ class PairList(Sequence[Entry]):
         moving_label, fixed_label: its label maps.
         example: name of the cohort that the example is taken from.
         stacks: whether scans are stacks of slices that a 2-D network registers one by one.
+        moving_points, fixed_points: its landmarks, CSV files of as many rows, row k of one the partner of row k of the
+            other; see :func:`common.io.points.load_points`.
+        points_space: of the landmarks of the pair or of a CSV: ``"ras"`` or ``"lps"``, mm, or ``"voxel"``, of each
+            one's own scan, which is what those of a JSON or cohort are in any case. Pairs with landmarks have it too.
         frame: which one of 4-D scans, counted from 0; every pair then has ``moving_frame`` and ``fixed_frame``.
         moving_frame, fixed_frame: where it is not the same for both.
 
@@ -66,6 +73,7 @@ class PairList(Sequence[Entry]):
         spatial_dims: 2 or 3, what the network has to be made for.
         labels: the labels that overlap is measured of: those the cohort states, else all that the label maps have.
         label_map: what each value of the label maps becomes, where the cohort merges some.
+        landmarks: whether any pair has landmarks.
 
     Raises:
         FileNotFoundError, ScanError: when no pair at all can be read.
@@ -86,11 +94,16 @@ class PairList(Sequence[Entry]):
         frame: int | None = None,
         moving_frame: int | None = None,
         fixed_frame: int | None = None,
+        moving_points: str | Path | None = None,
+        fixed_points: str | Path | None = None,
+        points_space: str = "ras",
     ) -> None:
         self.labels: list[int] = []
         self.label_map: dict[int, int] = {}
-        files = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
-        given = {key: str(path) for key, path in files.items() if path is not None}
+        if points_space not in SPACES:
+            raise ValueError(f"--points_space must be one of {list(SPACES)}, got {points_space!r}")
+        files = (moving, fixed, moving_label, fixed_label, moving_points, fixed_points)
+        given = {key: str(path) for key, path in zip((*_SCANS, *_POINTS), files, strict=True) if path is not None}
         if pairs is None:
             self.pairs = [_one_pair(given, example, dataset_dir)]
         elif given:
@@ -102,7 +115,8 @@ class PairList(Sequence[Entry]):
         own = {"moving_frame": moving_frame, "fixed_frame": fixed_frame}
         frames = {key: frame if one is None else one for key, one in own.items()}
         chosen = {key: int(one) for key, one in frames.items() if one is not None}
-        self.pairs = [{**pair, **chosen} for pair in self.pairs]
+        self.landmarks = any(pair.get("moving_points") for pair in self.pairs)
+        self.pairs = [{**_space(pair, points_space), **pair, **chosen} for pair in self.pairs]
         self.spatial_dims = 2 if stacks else _dimension(self.pairs)
         self.labels = self.labels or _labels(self.pairs)
 
@@ -127,15 +141,17 @@ class PairList(Sequence[Entry]):
             raise ValueError(f"{pairs}: {several['moving']} has several channels; inference registers scans with one")
         self.labels = cohort.evaluation_labels or cohort.foreground_labels
         self.label_map = cohort.label_map
-        return [{key: pair[key] for key in COLUMNS if pair.get(key)} for pair in listed]
+        return [{**{key: pair[key] for key in COLUMNS if pair.get(key)}, **_known_points(pair)} for pair in listed]
 
 
 def read_pair_table(path: str | Path) -> list[Entry]:
     """Read pairs from a table with a header: commas, semicolons or tabs between columns, UTF-8.
 
-    Columns are ``moving`` and ``fixed`` and, if wanted, ``moving_label``, ``fixed_label``, ``id`` (of the pair),
-    ``moving_id`` and ``fixed_id``, in any order; cells of the latter may be empty. Paths start from the table's folder.
-    An image without an id is called by its file's name, or by its path where file names repeat.
+    Columns are ``moving`` and ``fixed`` and, if wanted, ``moving_label``, ``fixed_label``, ``moving_points`` and
+    ``fixed_points`` (landmarks, both or none), ``affine`` (a file, as :class:`common.transforms.PairAlignment` takes
+    it), ``id`` (of the pair), ``moving_id`` and ``fixed_id``, in any order; cells of the latter may be empty. Paths
+    start from the table's folder. An image without an id is called by its file's name, or by its path where file names
+    repeat.
 
     Args:
         path: of the table.
@@ -145,7 +161,8 @@ def read_pair_table(path: str | Path) -> list[Entry]:
 
     Raises:
         FileNotFoundError: when there is no such table.
-        ValueError: for a column that is missing, unknown or there twice, a row without a scan, or no row at all.
+        ValueError: for a column that is missing, unknown or there twice, a row without a scan or with the landmarks of
+            one scan only, or no row at all.
     """
     path = Path(path)
     if not path.is_file():
@@ -157,6 +174,7 @@ def read_pair_table(path: str | Path) -> list[Entry]:
             if not row[key]:
                 raise ValueError(f"{path}, line {number}: the column '{key}' is empty")
         filled = {key: cell for key, cell in row.items() if cell}
+        _require_both_points(filled, f"{path}, line {number}: ", "")
         rows.append({key: os.path.normpath(root / cell) if key in _FILES else cell for key, cell in filled.items()})
     if not rows:
         raise ValueError(f"{path} lists no pair")
@@ -218,7 +236,25 @@ def _one_pair(given: Entry, example: str, dataset_dir: str | Path | None) -> Ent
     if missing:
         pair = load_cohort(example, dataset_dir).test[0]
         scans = {key: str(pair[key]) for key in scans}
+    _require_both_points(given, "", "--")
     return {**given, **scans, "moving_id": "moving", "fixed_id": "fixed"}
+
+
+def _require_both_points(pair: Entry, where: str, option: str) -> None:
+    missing = [key for key in _POINTS if not pair.get(key)]
+    if len(missing) == 1:
+        (other,) = (key for key in _POINTS if key not in missing)
+        raise ValueError(f"{where}{option}{other} {pair[other]} has no partner: give {option}{missing[0]} too")
+
+
+def _known_points(pair: Entry) -> Entry:
+    """The landmarks of a cohort's pair, if it has both."""
+    known = {f"{role}_points": str(pair.get(f"{role}_landmarks") or "") for role in ("moving", "fixed")}
+    return {**known, "points_space": "voxel"} if all(known.values()) else {}
+
+
+def _space(pair: Entry, space: str) -> Entry:
+    return {"points_space": space} if pair.get("moving_points") else {}
 
 
 def _named(pairs: list[Entry], where: str) -> list[Entry]:
@@ -254,27 +290,25 @@ def _dimension(pairs: list[Entry]) -> int:
     first: Exception | None = None
     for pair in pairs:
         try:
-            moving, fixed = (image_dims(pair[role], pair.get(f"{role}_frame")) for role in ("moving", "fixed"))
+            moving, fixed = (scan_dims(pair[role], pair.get(f"{role}_frame")) for role in ("moving", "fixed"))
             if moving != fixed:
                 files = f"{pair['moving']} is {moving}-D and {pair['fixed']} is {fixed}-D"
-                raise ValueError(f"{files}: they cannot be registered")
-            if moving in (2, 3):
-                found.setdefault(moving, pair["moving"])
+                raise ValueError(f"{files}: they cannot be registered; expected two slices or two volumes")
+            found.setdefault(moving, pair["moving"])
         except (OSError, ValueError) as error:
             first = first or error
     if len(found) > 1:
         raise ValueError(f"{found[2]} is 2-D and {found[3]} is 3-D: one network cannot register both, split the list")
-    if not found and first is not None and len(pairs) > 1:
-        logger.error("none of %d pairs can be registered", len(pairs))
-    if not found:
-        series = f"{pairs[0]['moving']} is neither 2-D nor 3-D; choose one frame of a series (--frame)"
-        raise first or ValueError(series)
+    if first is not None and not found:
+        if len(pairs) > 1:
+            logger.error("none of %d pairs can be registered", len(pairs))
+        raise first
     return next(iter(found))
 
 
 def _labels(pairs: list[Entry]) -> list[int]:
     """All labels of pairs that have both maps; what is wrong with a map is said when its pair is loaded."""
-    complete = [pair for pair in pairs if all(pair.get(key) for key in _FILES)]
+    complete = [pair for pair in pairs if all(pair.get(key) for key in _SCANS)]
     roles = ("moving", "fixed")
     maps = {(pair[f"{role}_label"], pair.get(f"{role}_frame")) for pair in complete for role in roles}
     found: set[int] = set()

@@ -25,7 +25,8 @@ __all__ = ["ScanPairs"]
 
 logger = logging.getLogger(__name__)
 
-_IMAGES = ("moving", "fixed", "moving_label", "fixed_label")
+_IMAGES = ("moving", "fixed", "moving_label", "fixed_label", "initial_label")
+_POINTS = ("moving_points", "fixed_points", "initial_points")
 _NAMES = ("moving_id", "fixed_id", "id")
 # What a transform may say of a pair beside its images.
 _ABOUT = ("affine_matrix", "timings", "warnings", "moving_frame", "fixed_frame")
@@ -36,9 +37,10 @@ class ScanPairs(Dataset):
 
     An item has ``moving``, ``fixed`` (1,*S), ``moving_label``, ``fixed_label`` (1,*S) int32 where a pair has both,
     ``moving_affine``, ``fixed_affine`` (d+1,d+1) float64, and the names ``moving_id``, ``fixed_id`` and ``id``. Where
-    the transform gives them: ``affine_matrix`` (d+1,d+1) float64, ``timings`` (seconds by name), ``warnings`` (lines),
-    and ``moving_frame`` and ``fixed_frame`` of pairs that have them. Sizes differ from item to item, so a batch has
-    one.
+    the transform gives them: landmarks ``moving_points`` and ``fixed_points`` (N,d) in voxels of their images,
+    ``initial_points`` (N,d) and ``initial_label`` (1,*S) as they lay before an affine alignment, ``affine_matrix``
+    (d+1,d+1) float64, ``timings`` (seconds by name), ``warnings`` (lines), and ``moving_frame`` and ``fixed_frame`` of
+    pairs that have them. Sizes differ from item to item, so a batch has one.
 
     Where ``folders`` are given, a list goes on whatever happens to one of its pairs: an item of nothing but names is a
     pair that was registered before, one with ``error`` a pair that cannot be loaded, and why.
@@ -87,7 +89,7 @@ class ScanPairs(Dataset):
     def _load(self, pair: Mapping[str, Any]) -> dict[str, Any]:
         loaded = self.transform(pair)
         item: dict[str, Any] = {}
-        for key in _IMAGES:
+        for key in (*_IMAGES, *_POINTS):
             if loaded.get(key) is not None and not isinstance(loaded[key], str):
                 item[key] = _plain(loaded[key])
         item |= {key: loaded[key] for key in _ABOUT if loaded.get(key) is not None}

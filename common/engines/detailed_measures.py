@@ -24,12 +24,14 @@ from common.metrics import (
     PerSlice,
     RegistrationMetric,
     RootMeanSquareError,
+    TargetRegistrationError,
 )
 
 __all__ = ["detailed_measures"]
 
-# Overlap and intensities of a stack are those of all its slices together; a number that a network reports is its own.
-_WHOLE = ("dice", "rmse", "seconds")
+# Intensities of a stack are those of all its slices together, as overlap is and the distance of its points; a number
+# that a network reports is its own.
+_WHOLE = ("rmse", "seconds")
 
 
 def detailed_measures(
@@ -46,8 +48,8 @@ def detailed_measures(
         spacing: mm per axis, or the name of the value that has it for each pair, such as "fixed_spacing".
         surface: also surface distances (slower).
         stacks: images are stacks (X, Y, Z) that a 2-D network registered slice by slice: distances, similarity and
-            regularity are those of slices, averaged over the slices in which they exist; Dice and RMSE are those of
-            the whole stack.
+            regularity are those of slices, averaged over the slices in which they exist; Dice, RMSE and landmarks are
+            those of the whole stack.
         options: more of :func:`common.engines.standard_measures`.
 
     Returns:
@@ -68,6 +70,6 @@ def detailed_measures(
 
 def _by_slice(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     metric: RegistrationMetric = entry["metric"]
-    if name.removesuffix("_before") in _WHOLE or isinstance(metric, DiceScore):
+    if name.removesuffix("_before") in _WHOLE or isinstance(metric, (DiceScore, TargetRegistrationError)):
         return entry
     return {**entry, "metric": PerSlice(metric, field="ddf" in entry["inputs"])}

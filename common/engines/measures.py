@@ -48,6 +48,7 @@ def standard_measures(
     reported: Mapping[str, str] | None = None,
     landmarks: bool = False,
     some_labels: bool = False,
+    stages: bool = False,
 ) -> MetricCollection:
     """Similarity and regularity always; overlap where there are labels; each overlap also before registration.
 
@@ -63,14 +64,17 @@ def standard_measures(
         seconds: also how long the network took for each pair.
         reported: further columns by name, each with the network's output whose mean it holds, such as
             ``{"weight": "weight_map"}``; without a value where the network does not give that output.
-        landmarks: also the distance in mm of landmarks from their partners, for pairs that carry ``fixed_points`` and
-            ``moving_points``.
-        some_labels: pairs may lack label maps; what is measured on them is then left out of their rows.
+        landmarks: also the mean distance of landmarks from their partners, in mm of the moving scan's world, for pairs
+            that carry ``fixed_points`` and ``moving_points``.
+        some_labels: pairs may lack label maps or landmarks; what is measured on them is then left out of their rows.
+        stages: also overlap and distance of landmarks at more stages than before and after the network, for pairs that
+            went through them: ``_initial``, as the files' headers place them, where an affine alignment came before
+            the network; ``_network``, what the network alone reached, where its field was refined.
 
     Returns:
         the measures, named ``similarity`` (1 is best), ``dice``, ``hd95``, ``asd``, ``ndv``, ``folds``, ``sdlogj``,
         ``epe``, ``tre``, ``inverse_consistency``, ``inversion_iterations``, ``seconds``, with the suffix ``_before``
-        for the value before registration.
+        for the value before registration: as the network met the pair.
 
     Raises:
         ValueError: for an unknown definition.
@@ -80,15 +84,16 @@ def standard_measures(
     entries = _standard(labels, spacing, surface)
     if definition != "standard":
         entries |= _learn2reg(labels, surface, "_l2r" if definition == "both" else "")
+    if landmarks:
+        entries |= {"tre_before": _distance("fixed_points"), "tre": _distance("fixed_points", ddf="ddf")}
     if some_labels:
         for entry in entries.values():
-            entry["required"] = not any("label" in str(name) for name in entry["inputs"])
+            inputs = entry["inputs"].values() if isinstance(entry["inputs"], Mapping) else entry["inputs"]
+            entry["required"] = not any("label" in name or "points" in name for name in inputs)
+    if stages:
+        entries |= _stages(labels, landmarks)
     if true_field:
         entries["epe"] = {"metric": EndpointError(), "inputs": ["ddf", "true_ddf"]}
-    if landmarks:
-        points = {"points": "fixed_points", "target": "moving_points", "spacing": "moving_spacing"}
-        entries["tre_before"] = {"metric": TargetRegistrationError(), "inputs": points}
-        entries["tre"] = {"metric": TargetRegistrationError(), "inputs": {**points, "ddf": "ddf"}}
     if inverse:
         fields, solver = ["ddf", "inverse_ddf"], ["inversion_iterations"]
         entries["inverse_consistency"] = {"metric": InverseConsistency(), "inputs": fields, "required": False}
@@ -120,6 +125,25 @@ def _standard(labels: Sequence[int], spacing: Sequence[float] | str | None, surf
     entries["folds"] = {"metric": NonPositiveJacobianPercent(), "inputs": ["ddf"]}
     entries["sdlogj"] = {"metric": StdLogJacobian(), "inputs": ["ddf"]}
     return entries
+
+
+def _stages(labels: Sequence[int], landmarks: bool) -> Entries:
+    """The stages that only some pairs go through."""
+    entries: Entries = {}
+    for stage in ("initial", "network"):
+        if labels:
+            # As after registration: a label that is nowhere near the fixed scan is missed, not absent.
+            inputs = [f"{stage}_label", "fixed_label", "moving_label"]
+            entries[f"dice_{stage}"] = {"metric": DiceScore(labels), "inputs": inputs, "required": False}
+        if landmarks:
+            entries[f"tre_{stage}"] = {**_distance(f"{stage}_points"), "required": False}
+    return entries
+
+
+def _distance(points: str, **more: str) -> dict[str, Any]:
+    """The distance of points in voxels of the moving image, or moved there by a field, from where they belong."""
+    inputs = {"points": points, "target": "moving_points", "affine": "moving_affine", **more}
+    return {"metric": TargetRegistrationError(), "inputs": inputs}
 
 
 def _learn2reg(labels: Sequence[int], surface: bool, suffix: str) -> Entries:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.engines.evaluator import RegistrationEvaluator
 from common.engines.refinement import Refinement
+from common.spatial import warp_labels, warp_points
 
 __all__ = ["PairsEvaluator"]
 
@@ -36,8 +37,9 @@ class PairsEvaluator(RegistrationEvaluator):
 
     The output has ``timings``, a dictionary of seconds: those that the batch came with (means over its pairs), of the
     ``network`` and, with refinement, of ``refine``. Then it also has ``refinement``, a dictionary of numbers
-    (:meth:`common.engines.Refined.numbers`), and all that is measured and written is of the refined field; the measure
-    ``seconds`` remains that of the network.
+    (:meth:`common.engines.Refined.numbers`), and all that is measured and written is of the refined field. The measure
+    ``seconds`` remains that of the network, and ``network_label`` and ``network_points`` are where the network alone
+    has brought labels and landmarks, for measures of it (``stages`` of :func:`common.engines.standard_measures`).
 
     Args:
         keep_going: when a pair fails in the network, go on with the next; the output has the reason as ``error``.
@@ -83,7 +85,17 @@ class PairsEvaluator(RegistrationEvaluator):
         if not self.refine:
             return fields
         refined = self.refinement(fields, batch, self.refine)
-        return {**refined.fields, "refinement": refined.numbers()}
+        return {**refined.fields, **_reached(fields["ddf"], batch), "refinement": refined.numbers()}
+
+
+def _reached(ddf: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Labels (B, 1, *S) and landmarks (B, N, d) of a batch that has them, moved by a field."""
+    found = {}
+    if "moving_label" in batch:
+        found["network_label"] = warp_labels(batch["moving_label"], ddf)
+    if "fixed_points" in batch:
+        found["network_points"] = warp_points(batch["fixed_points"], ddf)
+    return found
 
 
 def _timings(batch: Mapping[str, Any], output: Mapping[str, Any]) -> dict[str, float]:

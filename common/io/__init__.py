@@ -20,6 +20,7 @@ from common.io.label_maps import label_values, load_label_map, require_label_map
 from common.io.pair_checks import PairError, check_labels, check_overlap, check_pair
 from common.io.pair_folders import PairFolders
 from common.io.pair_grid import pair_grid
+from common.io.pair_points import load_pair_points
 from common.io.scans import Scan, ScanError, load_image, load_series, save_image, save_series
 from common.io.transforms import TransformError, grid_of, load_transform, load_transforms, save_transform
 
@@ -41,6 +42,7 @@ __all__ = [
     "load_field",
     "load_image",
     "load_label_map",
+    "load_pair_points",
     "load_series",
     "load_transform",
     "load_transforms",

@@ -22,10 +22,21 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Transform
+from torch import Tensor
 
-from common.io import Scan, check_labels, check_overlap, check_pair, load_image, load_label_map, pair_grid
+from common.io import (
+    Scan,
+    check_labels,
+    check_overlap,
+    check_pair,
+    load_image,
+    load_label_map,
+    load_pair_points,
+    pair_grid,
+)
 from common.io.label_maps import require_label_map
 from common.io.scans import affine_3d
+from common.spatial import Affine
 from common.transforms.grids import affine_of, onto_grid, spaced_grid
 from common.transforms.pair_alignment import FRAMES, PairAlignment
 from common.transforms.preprocessing import WINDOWS, intensity_window, scan_transforms
@@ -36,6 +47,7 @@ __all__ = ["LoadScanPaird"]
 logger = logging.getLogger(__name__)
 
 _ROLES = ("moving", "fixed")
+_STILL = 1e-4  # of the entries of an affine map that moves nothing
 
 
 class LoadScanPaird(Transform):
@@ -98,7 +110,9 @@ class LoadScanPaird(Transform):
 
         Args:
             pair: files ``moving`` and ``fixed``; ``moving_label`` and ``fixed_label`` are loaded where both are there;
-                ``moving_frame`` and ``fixed_frame``, of 4-D scans, as for :func:`common.io.load_image`.
+                ``moving_frame`` and ``fixed_frame``, of 4-D scans, as for :func:`common.io.load_image`; landmarks
+                ``moving_points`` and ``fixed_points`` in ``points_space`` (:func:`common.io.load_pair_points`), RAS mm
+                by default; ``affine``, a file that is used for this pair whatever the option says.
 
         Returns:
             the pair with MetaTensors in place of these, images (1, *S) float32 and label maps (1, *S) int32, whose
@@ -106,9 +120,15 @@ class LoadScanPaird(Transform):
             ``load`` and, if one was sought or read, ``affine``); ``affine_matrix`` (d+1, d+1) float64, from the fixed
             to the moving scan's world, except with "frames"; ``warnings``, a line each, if there are any.
 
+            Landmarks become (N, d) float32, in voxels of what the network sees of their own scan: the distance from
+            their partners, mm in the moving file's world, is that of ``x + ddf(x)`` and ``moving_points`` under the
+            affine of ``moving``. Where an affine map moved anything, ``initial_label`` (1, *S) and ``initial_points``
+            (N, d) are the moving scan's labels, on the same grid, and the fixed scan's landmarks, in voxels of the
+            moving image, as the headers alone place them.
+
         Raises:
             FileNotFoundError, ScanError: for a file that is missing or cannot be read.
-            PairError, ValueError: for two scans that cannot be registered, or a label map that is none.
+            PairError, ValueError: for two scans that cannot be registered, a label map or landmarks that are none.
             GridError: for a label map that lies elsewhere than its scan.
         """
         began = time.perf_counter()
@@ -116,19 +136,36 @@ class LoadScanPaird(Transform):
         notes = self._look(scans)
         maps = _label_maps(pair, scans)
         notes += check_labels(list(scans.values()), list(maps.values())) if maps else []
-        framed = self.stacks or self.alignment.kind == FRAMES
+        points, odd = _points(pair, scans)
+        notes += odd
+        alignment = self._alignment(pair)
+        framed = self.stacks or alignment.kind == FRAMES
         matrix = None
         if not framed:
-            matrix = self.alignment.known(scans["moving"], scans["fixed"])
-            notes += self._look_at_overlap(scans, matrix)
+            matrix = alignment.known(scans["moving"], scans["fixed"])
+            notes += _look_at_overlap(scans, matrix, alignment)
         for note in notes:
             logger.warning(note)
         images = {role: _image(scan) for role, scan in scans.items()}
         images |= {f"{role}_label": _image(scan) for role, scan in maps.items()}
-        loaded, spent = self._framed(scans, images) if framed else self._aligned(images, matrix)
+        loaded, spent = self._framed(scans, images) if framed else self._aligned(images, matrix, alignment)
+        loaded |= _seen_points(points, loaded)
         timings = {"load": time.perf_counter() - began - sum(spent.values()), **spent}
         about = {"warnings": "\n".join(notes)} if notes else {}
         return {**pair, **loaded, **about, "timings": timings}
+
+    def _alignment(self, pair: Mapping[str, Any]) -> PairAlignment:
+        """That of a pair, which may have a file of its own.
+
+        Raises:
+            ValueError: for such a file of stacks.
+        """
+        own = pair.get("affine")
+        if not own:
+            return self.alignment
+        if self.stacks:
+            raise ValueError(f"slices of stacks are registered one to one as they lie: {own} cannot align them")
+        return PairAlignment(own)
 
     def _look(self, scans: Mapping[str, Scan]) -> list[str]:
         """Refuse, or list, what is wrong with two scans."""
@@ -139,28 +176,31 @@ class LoadScanPaird(Transform):
             scans["moving"], scans["fixed"], spacing=spacing, stacks=self.stacks, window=window, preset=preset
         )
 
-    def _look_at_overlap(self, scans: Mapping[str, Scan], matrix: np.ndarray | None) -> list[str]:
-        start = np.eye(scans["fixed"].spatial_dims + 1) if matrix is None else matrix
-        source, later = self.alignment.source, matrix is None
-        return check_overlap(scans["moving"], scans["fixed"], start, source, later=later)
-
     def _framed(self, scans: Mapping[str, Scan], images: Mapping[str, MetaTensor]) -> tuple[dict[str, Any], dict]:
         """Both scans about their middles, padded to one size."""
         spacing = self._spacing(scans["fixed"].spatial_dims)
         grid = pair_grid(scans["moving"], scans["fixed"], self.stacks, spacing=spacing)
-        return self._framed_steps(list(images), grid["spatial_size"], grid["spacing"])(dict(images)), {}
+        # MONAI takes what is called `moving_...` for notes about `moving`, and fails when it is an image.
+        called = {key: "_".join(reversed(key.split("_"))) for key in images}
+        steps = self._framed_steps(list(called.values()), grid["spatial_size"], grid["spacing"])
+        framed = steps({called[key]: image for key, image in images.items()})
+        return {key: framed[called[key]] for key in images}, {}
 
     def _aligned(
-        self, images: Mapping[str, MetaTensor], matrix: np.ndarray | None
+        self, images: Mapping[str, MetaTensor], matrix: np.ndarray | None, alignment: PairAlignment
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """Both scans on the fixed one's grid; and how long finding the map took."""
         dims = images["fixed"].ndim - 1
         ready = self._steps(list(images), dims)(dict(images))
         began = time.perf_counter()
-        matrix = self.alignment.find(ready["moving"], ready["fixed"]) if matrix is None else matrix
+        matrix = alignment.find(ready["moving"], ready["fixed"]) if matrix is None else matrix
         spent = {"affine": time.perf_counter() - began}
         own = tuple(ready["fixed"].shape[1:]), affine_of(ready["fixed"])
         grid = spaced_grid(*own, self._spacing(dims))
+        if "moving_label" in ready and _moves(matrix):
+            ready["initial_label"] = onto_grid(
+                ready["moving_label"], *grid, np.eye(dims + 1), label=True, padding=self.padding
+            )
         for key in images:
             label = key.endswith("_label")
             if key.startswith("moving"):
@@ -203,6 +243,33 @@ class LoadScanPaird(Transform):
         if not numbers or len(values) not in (2, 3):
             raise ValueError(f"spacing must be one number or one along each axis, in mm and above 0, got {given!r}")
         return [float(value) for value in values]
+
+
+def _look_at_overlap(scans: Mapping[str, Scan], matrix: np.ndarray | None, alignment: PairAlignment) -> list[str]:
+    start = np.eye(scans["fixed"].spatial_dims + 1) if matrix is None else matrix
+    return check_overlap(scans["moving"], scans["fixed"], start, alignment.source, later=matrix is None)
+
+
+def _points(pair: Mapping[str, Any], scans: Mapping[str, Scan]) -> tuple[dict[str, Tensor], list[str]]:
+    """Landmarks (N, d) in RAS mm by role, of a pair that has them, and what is odd about them."""
+    files = {role: pair[f"{role}_points"] for role in _ROLES if pair.get(f"{role}_points")}
+    return load_pair_points(files, scans, pair.get("points_space") or "ras") if files else ({}, [])
+
+
+def _seen_points(points: Mapping[str, Tensor], loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Landmarks in voxels of the images that the network sees."""
+    if not points:
+        return {}
+    to_voxels = {role: Affine(torch.from_numpy(np.linalg.inv(affine_of(loaded[role])))) for role in _ROLES}
+    seen = {f"{role}_points": to_voxels[role].points(points[role]).float() for role in _ROLES}
+    if "affine_matrix" in loaded and _moves(loaded["affine_matrix"]):
+        seen["initial_points"] = to_voxels["moving"].points(points["fixed"]).float()
+    return seen
+
+
+def _moves(matrix: np.ndarray | Tensor) -> bool:
+    """Whether an affine map is more than the identity."""
+    return not np.allclose(matrix, np.eye(len(matrix)), rtol=0, atol=_STILL)
 
 
 def _label_maps(pair: Mapping[str, Any], scans: Mapping[str, Scan]) -> dict[str, Scan]:

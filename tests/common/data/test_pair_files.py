@@ -200,3 +200,52 @@ def test_frames_of_series_belong_to_every_pair(tmp_path: Path) -> None:
         PairList(moving=tmp_path / "a.nii", fixed=tmp_path / "b.nii", fixed_frame=1)
     with pytest.raises(ValueError, match=r"choose one frame of a series \(--frame\)"):
         PairList(moving=tmp_path / "a.nii", fixed=tmp_path / "b.nii")
+
+
+def test_a_pair_and_a_list_may_have_landmarks(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        scan(tmp_path / f"{name}.nii")
+    header = "moving,fixed,moving_points,fixed_points,affine,id"
+    rows = "a.nii,b.nii,p/m.csv,f.csv,a.mat:inverse,x\nb.nii,a.nii,,,,y"
+    listed = PairList(table(tmp_path, f"{header}\n{rows}\n"), points_space="lps")
+    assert listed.landmarks and listed[0]["points_space"] == "lps"
+    assert listed[0]["moving_points"] == str(tmp_path / "p/m.csv")
+    assert listed[0]["fixed_points"] == str(tmp_path / "f.csv")
+    assert listed[0]["affine"] == str(tmp_path / "a.mat:inverse")
+    assert not {"moving_points", "fixed_points", "points_space", "affine"} & set(listed[1])
+    assert listed.labels == []
+    scans = {"moving": tmp_path / "a.nii", "fixed": tmp_path / "b.nii"}
+    one = PairList(**scans, moving_points=tmp_path / "m.csv", fixed_points="f.csv")
+    assert one.landmarks and one[0]["points_space"] == "ras" and one[0]["fixed_points"] == "f.csv"
+    none = PairList(**scans)
+    assert not none.landmarks and "points_space" not in none[0]
+
+
+def test_landmarks_of_one_scan_only_or_of_no_known_space_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        scan(tmp_path / f"{name}.nii")
+    with pytest.raises(
+        ValueError, match=r"pairs.csv, line 3: fixed_points f.csv has no partner: give moving_points too"
+    ):
+        text = "moving,fixed,moving_points,fixed_points\na.nii,b.nii,,\na.nii,b.nii,,f.csv\n"
+        PairList(table(tmp_path, text))
+    scans = {"moving": tmp_path / "a.nii", "fixed": tmp_path / "b.nii"}
+    with pytest.raises(ValueError, match=r"--moving_points m.csv has no partner: give --fixed_points too"):
+        PairList(**scans, moving_points="m.csv")
+    with pytest.raises(ValueError, match=r"--points_space must be one of \['voxel', 'ras', 'lps'\], got 'RAS'"):
+        PairList(**scans, points_space="RAS")
+    with pytest.raises(ValueError, match="leave out --fixed_points"):
+        PairList("pairs.csv", fixed_points="f.csv")
+
+
+def test_landmarks_of_a_cohort_are_in_voxels(tmp_path: Path) -> None:
+    listed = PairList("sliding", dataset_dir=tmp_path)
+    assert listed.landmarks and {pair["points_space"] for pair in listed} == {"voxel"}
+    assert all(Path(pair[f"{role}_points"]).is_file() for pair in listed for role in ("moving", "fixed"))
+    path = write_json(tmp_path / "own")
+    points = {f"{role}_landmarks": f"points/{role}.csv" for role in ("moving", "fixed")}
+    content = {**json.loads(path.read_text()), "test": [{"moving": "imagesTr/a.nii.gz", "fixed": "imagesTr/b.nii.gz"}]}
+    path.write_text(json.dumps({**content, "test": [{**content["test"][0], **points}]}))
+    (pair,) = PairList(path, points_space="lps")
+    assert pair["moving_points"] == str(tmp_path / "own/points/moving.csv") and pair["points_space"] == "voxel"
+    assert not PairList(path, split="validation").landmarks

@@ -79,3 +79,13 @@ def test_spacing_may_be_given_as_numbers() -> None:
     found = detailed_measures([1], (3.0, 1.0), surface=True)(PairValues(plane, {"ddf": torch.zeros(1, 2, 20, 16)}))
     assert found["hd"].item() == 6.0
     assert isinstance(detailed_measures([1], stacks=True).metrics["dice"], DiceScore)
+
+
+def test_landmarks_of_a_stack_are_those_of_all_its_slices() -> None:
+    batch = stack(2)
+    batch |= {"fixed_points": torch.tensor([[[6.0, 4, 0], [7.0, 4, 2]]]), "moving_affine": batch["fixed_affine"]}
+    batch["moving_points"] = batch["fixed_points"] + torch.tensor([2.0, 0, 0])
+    ddf = torch.zeros(1, 3, 20, 16, 3)
+    ddf[:, 0] = 1.0
+    found = detailed_measures([1, 2], stacks=True, landmarks=True, some_labels=True)(PairValues(batch, {"ddf": ddf}))
+    assert found["tre_before"].item() == 4.0 and found["tre"].item() == 2.0

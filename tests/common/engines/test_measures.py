@@ -130,3 +130,52 @@ def test_what_a_network_reports_has_a_column() -> None:
     assert measured["weight"].item() == 0.5 and "alpha" not in measured
     measured = measures(PairValues(batch, {"ddf": ddf, "alpha": torch.tensor([1.25])}))
     assert measured["alpha"].item() == 1.25 and "weight" not in measured
+
+
+def landmarks(**more: Any) -> dict[str, Any]:
+    """One landmark, whose partner is a voxel further along the first axis, of a sheared moving image."""
+    affine = torch.tensor([[[2.0, 0.0, 5.0], [1.0, 3.0, -9.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
+    return {"fixed_points": torch.tensor([[[4.0, 4.0]]]), "moving_points": torch.tensor([[[5.0, 4.0]]])} | {
+        "moving_affine": affine,
+        **more,
+    }
+
+
+def test_landmarks_are_measured_in_the_moving_scans_world() -> None:
+    label, _ = pattern()
+    ddf = torch.zeros(1, 2, 12, 10)
+    ddf[:, 1] = 2.0  # to (4, 6), which is (-1, 2) from (5, 4): (-2, 5) mm
+    batch = {**values(label, ddf).known(), **landmarks()}
+    measured = standard_measures([1], landmarks=True)(PairValues(batch, {"ddf": ddf}))
+    assert measured["tre_before"].item() == pytest.approx(math.sqrt(5))
+    assert measured["tre"].item() == pytest.approx(math.sqrt(29))
+
+
+def test_pairs_without_landmarks_leave_them_out_where_they_may() -> None:
+    label, ddf = pattern()
+    pair = values(label, ddf)
+    with pytest.raises(KeyError, match=r"metric 'tre_before' needs \['fixed_points', 'moving_points'"):
+        standard_measures(landmarks=True)(pair)
+    measures = standard_measures([1], landmarks=True, some_labels=True)
+    assert not {"tre", "tre_before"} & set(measures(pair))
+    measured = measures(PairValues({**pair.known(), **landmarks()}, {"ddf": 0 * ddf}))
+    assert measured["tre"].item() == measured["tre_before"].item() == pytest.approx(math.sqrt(5))
+    assert measures.aggregate()["tre"] == pytest.approx(math.sqrt(5))
+
+
+def test_stages_that_a_pair_went_through_are_measured() -> None:
+    _, ddf = pattern()
+    pair = values(slab(4), 0 * ddf)
+    measures = standard_measures([1], landmarks=True, some_labels=True, stages=True)
+    names = {f"{name}_{stage}" for name in ("dice", "tre") for stage in ("initial", "network")}
+    assert not names & set(measures(pair))
+    stages = {"initial_label": slab(5), "network_label": slab(8)}
+    stages |= {"initial_points": torch.tensor([[[5.0, 5.0]]]), "network_points": torch.tensor([[[7.0, 4.0]]])}
+    measured = measures(PairValues({**pair.known(), **landmarks(), **stages}, {"ddf": 0 * ddf}))
+    assert names <= set(measured)
+    # Half of it is where it should be; and none, though it was there.
+    assert measured["dice_initial"].item() == 0.5 and measured["dice_network"].item() == 0.0
+    assert measured["tre_initial"].item() == 3.0
+    assert measured["tre_network"].item() == pytest.approx(2 * math.sqrt(5))
+    assert not names & set(standard_measures([1], landmarks=True).metrics)
+    assert set(standard_measures(stages=True).metrics) == set(standard_measures().metrics)

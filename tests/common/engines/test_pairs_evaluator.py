@@ -68,3 +68,31 @@ def test_one_pair_alone_raises() -> None:
 def test_nothing_but_failures_has_no_means() -> None:
     _, means = outputs([batch(5)], keep_going=True)
     assert means["dice"] != means["dice"] and means["similarity"] != means["similarity"]
+
+
+class Shift(nn.Module):
+    """One voxel along the first axis."""
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        ddf = image.new_zeros(len(image), 2, *image.shape[2:])
+        ddf[:, 0] = 1.0
+        return {"ddf": ddf}
+
+
+def test_what_the_network_alone_reached_is_measured_beside_the_refined_field() -> None:
+    axis = torch.linspace(-1, 1, 24)
+    smooth = torch.exp(-4 * (axis[:, None] ** 2 + axis[None] ** 2))[None, None]
+    pair = {**batch(24, label=False), "moving": smooth.roll(3, 2), "fixed": smooth}
+    pair |= {"moving_label": (pair["moving"] > 0.6).int(), "fixed_label": (smooth > 0.6).int()}
+    pair |= {"fixed_points": torch.tensor([[[11.0, 11.0]]]), "moving_points": torch.tensor([[[14.0, 11.0]]])}
+    found = []
+    for refine in (0, 30):
+        metrics = standard_measures([1], landmarks=True, some_labels=True, stages=True)
+        evaluator = PairsEvaluator("cpu", [pair], Shift(), metrics=metrics, refine=refine)
+        evaluator.run()
+        found.append({name: float(value) for name, value in evaluator.state.output["metrics"].items()})
+    alone, refined = found
+    assert "dice_network" not in alone and "tre_network" not in alone
+    assert refined["tre_network"] == alone["tre"] == 2.0 and refined["tre_before"] == 3.0
+    assert refined["dice_network"] == alone["dice"] < refined["dice"]
+    assert refined["tre"] < 1.0

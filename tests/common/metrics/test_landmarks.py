@@ -69,3 +69,37 @@ def test_learn2reg_reads_the_field_by_cubic_splines() -> None:
 def test_shapes_are_named() -> None:
     with pytest.raises(ValueError, match=r"\(1, 4, 3\).*\(1, 5, 3\)"):
         TargetRegistrationError()(torch.zeros(1, 4, 3), torch.zeros(1, 5, 3))
+
+
+SHEARED = torch.tensor([[2.0, 1.0, 40.0], [0.0, 3.0, -7.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def test_a_step_along_a_sheared_axis_is_as_long_as_the_affine_says() -> None:
+    points, target = torch.tensor([[[1.0, 1.0], [0.0, 4.0]]]), torch.tensor([[[2.0, 2.0], [0.0, 3.0]]])
+    # (-1, -1) becomes (-3, -3) and (0, 1) becomes (1, 3): the axes are 2 and sqrt(10) mm long.
+    expected = (math.sqrt(18) + math.sqrt(10)) / 2
+    assert float(TargetRegistrationError()(points, target, affine=SHEARED[None])) == pytest.approx(expected)
+    assert float(TargetRegistrationError(9.0)(points, target, affine=SHEARED)) == pytest.approx(expected)
+    by_length = TargetRegistrationError()(points, target, [2.0, math.sqrt(10)])
+    assert float(by_length) == pytest.approx((math.sqrt(14) + math.sqrt(10)) / 2)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_each_item_has_an_affine_and_a_turned_grid_keeps_lengths(dims: int) -> None:
+    turn = torch.eye(dims + 1, dtype=torch.float64)
+    turn[:2, :2] = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+    turn[:-1, -1] = 5.0
+    scale = torch.diag(torch.tensor([*[1.5, 2.5, 0.5][:dims], 1.0], dtype=torch.float64))
+    generator = torch.Generator().manual_seed(dims)
+    points, target = (torch.rand(2, 6, dims, generator=generator) for _ in range(2))
+    ddf = torch.randn(2, dims, *(4, 5, 3)[:dims], generator=generator)
+    affines = torch.stack([turn @ scale, torch.eye(dims + 1, dtype=torch.float64)])
+    found = TargetRegistrationError()(points, target, ddf=ddf, affine=affines)
+    spacing = torch.tensor([[1.5, 2.5, 0.5], [1.0, 1.0, 1.0]])[:, :dims]
+    torch.testing.assert_close(found, TargetRegistrationError()(points, target, spacing, ddf))
+    assert found[0] != found[1]
+
+
+def test_an_affine_of_another_dimension_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"affine must be 4 x 4, or 1 of these.*got \(1, 3, 3\)"):
+        TargetRegistrationError()(torch.zeros(1, 4, 3), torch.zeros(1, 4, 3), affine=SHEARED[None])
