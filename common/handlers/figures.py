@@ -95,6 +95,7 @@ def registration_figure(
     weight_map: Tensor | None = None,
     uncertainty: Tensor | None = None,
     uncertainty_unit: str = "voxels",
+    determinant: Tensor | None = None,
     spacing: Any = None,
     affine: Any = None,
 ) -> Figure:
@@ -109,8 +110,9 @@ def registration_figure(
     - the warped grid on the moved image. A regular grid painted onto the *moving* image is carried along by the
       warping: the lines are where a component of ``x + ddf(x)`` takes the values 0, s, 2s, ... It is not a grid pushed
       along ``ddf``, which would show the inverse. Displacement across the slice is not visible in it.
-    - logarithm of the Jacobian determinant of ``x + ddf(x)``, positive where a fixed voxel draws from more than one
-      voxel of moving, that is where moving tissue shrinks. Voxels with a determinant of 0 or less are red.
+    - logarithm of the Jacobian determinant of ``x + ddf(x)``, or of the one that is given, positive where a fixed voxel
+      draws from more than one voxel of moving, that is where moving tissue shrinks. Voxels with a determinant of 0 or
+      less are red.
     - the weight map of the smoothness, where there is one, from 0 (dark) to 1.
     - the uncertainty of the field, where there is one: the standard deviation of where a voxel comes from.
 
@@ -122,12 +124,13 @@ def registration_figure(
             image it is cropped or extended to that, voxel by voxel as a field of 0 would.
         fixed: likewise.
         moved: the moving image warped by ``ddf``.
-        ddf: (d, \\*S) field in voxels, d = 2 or 3.
+        ddf: (d, \\*S) field in voxels of the fixed grid, d = 2 or 3.
         moving_label, fixed_label, moved_label: (1, \\*S) or (\\*S) label maps.
         title: a line above all.
         weight_map: (1, \\*S) or (\\*S) map of the local weight of the smoothness, on the fixed grid.
         uncertainty: likewise, the standard deviation of the displacement; 0 is dark, the scale is the picture's own.
         uncertainty_unit: what it is in.
+        determinant: (\\*S) the Jacobian determinant to draw, where that of ``ddf`` is not the whole of it.
         spacing: mm per axis, for the shape of the panels; ``affine`` beats it.
         affine: (4, 4) voxel-to-world matrix of the fixed image, RAS mm; for 3-D.
 
@@ -146,7 +149,7 @@ def registration_figure(
     given = {"moving": moving_label, "fixed": fixed_label, "moved": moved_label}
     labels = {name: first_channel(label, field.shape[1:]) for name, label in given.items() if label is not None}
     images = {"moving": moving, "fixed": fixed, "moved": moved}
-    maps = {"weight": weight_map, "uncertainty": uncertainty}
+    maps = {"weight": weight_map, "uncertainty": uncertainty, "determinant": determinant}
     images |= {name: image for name, image in maps.items() if image is not None}
     volumes = {name: first_channel(image, field.shape[1:]) for name, image in images.items()}
     millimetres = np.ones(dims) * np.asarray(1.0 if spacing is None else spacing, dtype=float)
@@ -213,7 +216,7 @@ def _slice(
         images={key: cut(volume) for key, volume in volumes.items()},
         labels={key: cut(volume) for key, volume in labels.items()},
         position=(flat[0] + columns[None, :], flat[1] + rows[:, None]),
-        determinant=_determinant(field, plane, centre).T,
+        determinant=cut(volumes["determinant"]) if "determinant" in volumes else _determinant(field, plane, centre).T,
         millimetres=(float(millimetres[shown[0]]), float(millimetres[shown[1]])),
         name=name,
         sides=sides,

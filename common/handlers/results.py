@@ -96,7 +96,12 @@ def write_transform(
 
 
 def write_inverse(
-    folder: Path, found: RegisteredPair, transform: SpatialTransform, forms: Sequence[str], about: Mapping[str, Any]
+    folder: Path,
+    found: RegisteredPair,
+    transform: SpatialTransform,
+    forms: Sequence[str],
+    about: Mapping[str, Any],
+    folded: int = 0,
 ) -> float | None:
     """``inverse_ddf.nii.gz``, ``inverse_transform.h5`` and ``inverse_moved.nii.gz``, the way back, on the moving grid.
 
@@ -108,6 +113,7 @@ def write_inverse(
         transform: the way there.
         forms: as in :func:`write_transform`.
         about: what all sidecars say.
+        folded: how many voxels of the way there fold, which is worth a warning.
 
     Returns:
         of a numerical inverse how far at most, in mm, going there and back ends from where it began.
@@ -117,7 +123,7 @@ def write_inverse(
         back = found.inverse_transform(ddf)
         about = {**about, "inversion": "by the method: the network's own inverse field"}
     else:
-        back, residual = _inverted(folder, found, transform)
+        back, residual = _inverted(folder, found, transform, folded)
         ddf = back.ddf(found.moving_grid, found.fixed_grid)
         about = {**about, "inversion": "numerical: fixed-point iteration", "residual_mm": residual}
     moved = warp_scan(as_image(found.fixed, found.device), ddf)
@@ -127,17 +133,22 @@ def write_inverse(
     return residual
 
 
-def _inverted(folder: Path, found: RegisteredPair, transform: SpatialTransform) -> tuple[SpatialTransform, float]:
+def _inverted(
+    folder: Path, found: RegisteredPair, transform: SpatialTransform, folded: int
+) -> tuple[SpatialTransform, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said here, with the folder and in mm
         back, residual = transform.inverse()
+    notes = []
+    if folded:
+        share = 100 * folded / found.ddf[0, 0].numel()
+        notes.append(f"it folds at {folded} voxels ({share:.2g} %), where several points have one partner")
     if residual > min(found.fixed.spacing) / 4:
+        notes.append(f"there and back ends up to {residual:.2f} mm away")
+    if notes:
         logger.warning(
-            "%s: the field has no good inverse, as it folds or nearly so: there and back ends up to %.2f mm away "
-            "(voxels of %s mm); look at jacobian.nii.gz before you use inverse_*",
-            folder,
-            residual,
-            " x ".join(f"{side:.3g}" for side in found.fixed.spacing),
+            "%s: the field has no inverse everywhere: %s; look at jacobian.nii.gz before you use inverse_*",
+            *(folder, ", and ".join(notes)),
         )
     return back, residual
 
@@ -162,9 +173,11 @@ def _write_forms(
         save_transform(folder / f"{prefix}transform.h5", motion[1], lies_on, leads_to, about=about, **said)
 
 
-def write_jacobian(folder: Path, found: RegisteredPair) -> None:
-    """``jacobian.nii.gz``: see :func:`jacobian_map`."""
-    save_image(folder / "jacobian.nii.gz", jacobian_map(found).cpu().numpy(), found.fixed.affine_3d)
+def write_jacobian(folder: Path, found: RegisteredPair) -> Tensor:
+    """``jacobian.nii.gz``: see :func:`jacobian_map`, which is returned."""
+    determinant = jacobian_map(found)
+    save_image(folder / "jacobian.nii.gz", determinant.cpu().numpy(), found.fixed.affine_3d)
+    return determinant
 
 
 def jacobian_map(found: RegisteredPair) -> Tensor:

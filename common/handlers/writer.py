@@ -45,7 +45,7 @@ from common.handlers.results import (
 from common.io import PairFolders, Scan, load_image, require_label_map
 from common.io.label_maps import load_label_map
 from common.io.pair_folders import write_measures
-from common.spatial import warp_scan
+from common.spatial import Displacement, SpatialTransform, warp_scan
 
 __all__ = ["RegistrationWriter"]
 
@@ -170,14 +170,16 @@ class RegistrationWriter:
         began = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         image, moved = write_moved(folder, found)
-        residual = self._write_transforms(folder, found)
-        write_jacobian(folder, found)
+        transform = found.transform()
+        determinant = write_jacobian(folder, found)
+        residual = self._write_transforms(folder, found, transform, int((determinant <= 0).sum()))
         maps = self._write_maps(folder, found)
         start = found.start()
         labels = write_moved_label(folder, found, start)
         before = warp_scan(image, start)
         del image, start
-        _draw(folder, found, before, moved, {**labels, **maps})
+        motion = _motion(transform)
+        _draw(folder, found, (before, moved, motion), {"determinant": determinant, **labels, **maps})
         timings = _timings(found) | {"write": time.perf_counter() - began}
         if self.report:
             seen: dict[str, Any] = {"before": before, "moved": moved, "before_label": labels.get("moving_label")}
@@ -233,14 +235,15 @@ class RegistrationWriter:
         ]
         return named[0] if named else ()
 
-    def _write_transforms(self, folder: Path, found: RegisteredPair) -> float | None:
+    def _write_transforms(
+        self, folder: Path, found: RegisteredPair, transform: SpatialTransform, folded: int
+    ) -> float | None:
         """Write the ways there and back; returns the residual of a numerical inverse, in mm."""
         files = {f"{role}_file": str(scan.path) for role, scan in (("fixed", found.fixed), ("moving", found.moving))}
         about = {**files, **self.made_by}
-        transform = found.transform()
         write_transform(folder, found, transform, self.forms, about)
         wanted = self.inverse == "auto" or (self.inverse == "network" and "inverse_ddf" in found.output)
-        return write_inverse(folder, found, transform, self.forms, about) if wanted else None
+        return write_inverse(folder, found, transform, self.forms, about, folded) if wanted else None
 
     def _write_maps(self, folder: Path, found: RegisteredPair) -> dict[str, Any]:
         """Write what the network says beside the field, on the grid of the fixed file; a subclass may write more.
@@ -257,12 +260,26 @@ class RegistrationWriter:
         return {name: maps[name] for name in _DRAWN_MAPS if name in maps}
 
 
-def _draw(folder: Path, found: RegisteredPair, before: Tensor, moved: Tensor, more: Mapping[str, Any]) -> None:
-    """``registration.png``: ``before`` is the moving scan where the network met it, (1, 1, \\*S)."""
-    old, new = to_one_scale(before, before, moved)
+def _motion(transform: SpatialTransform) -> Tensor:
+    """(d, \\*S) what the network found, in voxels of the fixed file: the moving file's axes may run otherwise."""
+    (found,) = (part for part in transform.parts if isinstance(part, Displacement))
+    return found.ddf[0]
+
+
+def _draw(folder: Path, found: RegisteredPair, images: tuple[Tensor, Tensor, Tensor], more: Mapping[str, Any]) -> None:
+    """``registration.png``.
+
+    Args:
+        folder: where to.
+        found: the pair.
+        images: the moving scan where the network met it and after, (1, 1, \\*S), and :func:`_motion` between the two.
+        more: keywords of :func:`registration_figure`.
+    """
+    before, after, motion = images
+    old, new = to_one_scale(before, before, after)
     target = as_image(found.fixed, found.device)
     (target,) = to_one_scale(target, target)
-    figure = registration_figure(old[0], target[0], new[0], found.ddf[0], **more, **_view(found.fixed))
+    figure = registration_figure(old[0], target[0], new[0], motion, **more, **_view(found.fixed))
     figure.savefig(folder / "registration.png", dpi=110)
 
 

@@ -139,6 +139,16 @@ def test_folded_voxels_are_red() -> None:
     assert has_colour(panel(registration_figure(**given), "jacobian"), FOLD_COLOUR)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_determinant_that_is_given_is_drawn_instead_of_the_fields(dims: int) -> None:
+    drawn = example(dims)
+    shape = drawn["fixed"].shape[1:]
+    given = torch.ones(shape)
+    given[tuple(slice(2, n - 2) for n in shape)] = -1.0
+    assert has_colour(panel(registration_figure(**drawn, determinant=given), "jacobian"), FOLD_COLOUR)
+    assert not has_colour(panel(registration_figure(**drawn), "jacobian"), FOLD_COLOUR)
+
+
 def grid_columns(figure: Figure) -> np.ndarray:
     """Where vertical grid lines cross the middle of the panel, as a share of its width."""
     pixels = panel(figure, "grid")
