@@ -19,9 +19,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from common.io.scans import _ITK, _NIFTI, ScanError, _damage_named
+from common.io.scans import _ITK, _NIFTI, ScanError, _damage_named, image_shape
 
-__all__ = ["Placement", "image_dims", "nifti_placement"]
+__all__ = ["Placement", "image_dims", "nifti_placement", "scan_dims"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,21 +60,44 @@ def nifti_placement(path: str | Path) -> Placement | None:
     return Placement(header.get_xyzt_units()[0], sform, qform)  # type: ignore[attr-defined]
 
 
-def image_dims(path: str | Path, frame: int | None = None) -> int:
-    """How many axes in space a scan has, as :func:`common.io.load_image` counts them; no voxel is read.
+def image_dims(path: str | Path) -> int:
+    """How many axes a file has, without those of length 1 at the end; no voxel is read.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        2 or 3; more for a series.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ScanError: for an unknown extension or a header that cannot be read.
+    """
+    shape = _shape(Path(path))
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return len(shape)
+
+
+def scan_dims(path: str | Path, frame: int | None = None) -> int:
+    """Whether :func:`common.io.load_image` will read a scan in 2-D or 3-D; no voxel is read.
 
     Args:
         path: of the file.
         frame: of a series, as for ``load_image``.
 
     Returns:
-        2 or 3; more for a series of which no frame is named, which ``load_image`` refuses.
+        2 or 3.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ScanError: for an unknown extension or a header that cannot be read.
+        ScanError: as ``load_image``, among others for a series of which no frame is named.
     """
-    path = Path(path)
+    shape = _shape(Path(path))
+    return len(image_shape(shape[:3] if frame is not None and len(shape) == 4 else shape, Path(path)))
+
+
+def _shape(path: Path) -> Sequence[int]:
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
     name = path.name.lower()
@@ -82,13 +105,9 @@ def image_dims(path: str | Path, frame: int | None = None) -> int:
         raise ScanError(f"{path}: unknown image format, expected one of {[*_NIFTI, *_ITK]}")
     try:
         with _damage_named(path):
-            shape = _nifti_shape(path) if name.endswith(_NIFTI) else _itk_shape(path)
+            return _nifti_shape(path) if name.endswith(_NIFTI) else _itk_shape(path)
     except nib.filebasedimages.ImageFileError as error:
         raise ScanError(f"{path} is no readable NIfTI file: {error}") from error
-    shape = shape[:3] if frame is not None and len(shape) == 4 else shape
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return len(shape)
 
 
 def _nifti_shape(path: Path) -> Sequence[int]:

@@ -49,8 +49,12 @@ def require_label_map(image: str | Path | Scan, label: str | Path | Scan) -> Non
     """
     found = _loaded(label)
     require_same_grid(_loaded(image), found)
-    if not np.array_equal(found.array, np.round(found.array)):
-        raise ValueError(f"{found.path} must hold whole numbers, as a label map does; is it an image?")
+    wrong = found.array[found.array != np.round(found.array)]
+    if wrong.size:
+        raise ValueError(
+            f"{found.path} must hold whole numbers, as a label map does, but has {wrong.size} others, such as "
+            f"{wrong[0]:g}; is it an image?"
+        )
 
 
 def label_values(label: str | Path | Scan) -> list[int]:

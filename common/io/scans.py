@@ -266,15 +266,29 @@ def _one_frame(array: np.ndarray, path: Path, frame: int | None) -> np.ndarray:
         if array.ndim > 4 or not -count <= frame < count:
             raise ScanError(f"{path} has shape {shape}: it has no frame {frame}, as its frames are 0 to {count - 1}")
         array = array[..., frame] if array.ndim == 4 else array
-    while array.ndim > 2 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim > 3:
-        series = f"a series; choose a frame from 0 to {shape[3] - 1} (--frame)"
-        kind = "a vector image or displacement field" if array.ndim == 5 else series
-        raise ScanError(f"{path} has shape {shape}, expected 2 or 3 axes longer than 1: it looks like {kind}")
-    if array.ndim < 2 or 0 in array.shape:
-        raise ScanError(f"{path} has shape {shape}, expected a 2-D or 3-D image")
-    return array
+    return array.reshape(image_shape(array.shape, path))
+
+
+def image_shape(shape: Sequence[int], path: Path) -> tuple[int, ...]:
+    """The shape of a scan without axes of length 1 at its end.
+
+    Args:
+        shape: as the file has it, of one frame.
+        path: of the file, for messages.
+
+    Raises:
+        ScanError: when it is not that of one image in 2-D or 3-D.
+    """
+    own = tuple(shape)
+    while len(own) > 2 and own[-1] == 1:
+        own = own[:-1]
+    if len(own) > 3:
+        series = f"a series; choose a frame from 0 to {own[3] - 1} (--frame)"
+        kind = "a vector image or displacement field" if len(own) == 5 else series
+        raise ScanError(f"{path} has shape {tuple(shape)}, expected 2 or 3 axes longer than 1: it looks like {kind}")
+    if len(own) < 2 or 0 in own:
+        raise ScanError(f"{path} has shape {tuple(shape)}, expected a 2-D or 3-D image")
+    return own
 
 
 def _storable(array: np.ndarray, path: str | Path) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from common.io import ScanError, image_dims, load_image
-from common.io.headers import nifti_placement
+from common.io.headers import nifti_placement, scan_dims
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 6), (4, 5, 6, 1)])
@@ -32,22 +32,29 @@ def test_dimensions_are_those_of_the_loaded_scan(tmp_path: Path, shape: tuple[in
         if len(shape) == 4:
             pytest.skip("the wheels of ITK have no images of four axes")
         itk.imwrite(itk.image_from_array(array.T.copy()), str(path))
-    assert image_dims(path) == load_image(path).spatial_dims
+    assert image_dims(path) == scan_dims(path) == load_image(path).spatial_dims
 
 
 def test_a_series_has_more(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6, 2), np.float32), np.eye(4)), tmp_path / "a.nii")
     assert image_dims(tmp_path / "a.nii") == 4
-    assert image_dims(tmp_path / "a.nii", frame=0) == 3
+    for read in (scan_dims, load_image):
+        with pytest.raises(ScanError, match=r"a.nii has shape \(4, 5, 6, 2\).* choose a frame from 0 to 1 \(--frame\)"):
+            read(tmp_path / "a.nii")
+    assert scan_dims(tmp_path / "a.nii", frame=0) == 3
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 1, 2), np.float32), np.eye(4)), tmp_path / "b.nii")
-    assert image_dims(tmp_path / "b.nii", frame=1) == 2
+    assert scan_dims(tmp_path / "b.nii", frame=1) == 2
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6, 1, 3), np.float32), np.eye(4)), tmp_path / "c.nii")
+    for frame in (None, 0):
+        with pytest.raises(ScanError, match="it looks like a vector image or displacement field"):
+            scan_dims(tmp_path / "c.nii", frame=frame)
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.nrrd", "a.mha"])
 def test_a_damaged_header_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x1f\x8b nothing of use")
     with pytest.raises(ScanError, match=name):
-        image_dims(tmp_path / name)
+        scan_dims(tmp_path / name)
 
 
 def test_what_is_not_there_or_unknown_is_named(tmp_path: Path) -> None:
