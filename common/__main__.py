@@ -19,6 +19,10 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections.abc import Callable
+from typing import Any
+
+from common.command_line import function_help, reason_of, require_parameters
 
 # Imported when asked for: packing a bundle should not wait for PyTorch.
 COMMANDS = {
@@ -30,18 +34,35 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the command line names."""
-    import fire
-
+    """Run the command that the command line names; what a user can mend ends it with one line and exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     name, *arguments = sys.argv[1:] or ["--help"]
     if name not in COMMANDS:
         print(__doc__)
         sys.exit(0 if name in ("--help", "-h") else 2)
-    module, function = COMMANDS[name]
+    debug = "--debug" in arguments
+    try:
+        _run(name, [argument for argument in arguments if argument != "--debug"])
+    except Exception as error:
+        reason = reason_of(error)
+        if debug or reason is None:
+            raise
+        sys.stdout.flush()
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    import fire
+
+    module, function = (importlib.import_module(COMMANDS[name][0]), COMMANDS[name][1])
+    wanted: Callable[..., Any] = getattr(module, function)
     if {"--help", "-h"} & set(arguments):
-        arguments = ["--", "--help"]  # a command that takes any option would take this one too
-    fire.Fire(getattr(importlib.import_module(module), function), command=arguments, name=f"python -m common {name}")
+        print(module.register_help(arguments) if name == "register" else function_help(wanted, name))
+        return
+    if name != "register":  # which takes the options of a config
+        require_parameters(arguments, wanted, name)
+    fire.Fire(wanted, command=arguments, name=f"python -m common {name}")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,7 @@
 # limitations under the License.
 """Carry images, label maps, probability maps and points through a registration's transform, in one interpolation.
 
-A transform says for every point of the fixed image which point of the moving image belongs to it::
-
-                     transform T
-    fixed image   ---------------->   moving image
-      a point x                         its partner T(x)
-
-    moved(x) = moving(T(x)): the moving image's intensities come to the fixed image's grid, against the arrow.
-    A landmark of the fixed image goes along the arrow, one of the moving image back along T's inverse.
+``docs/directions.md`` shows which way each of them goes, with numbers.
 """
 
 from __future__ import annotations
@@ -58,6 +51,16 @@ def apply(
 
     ``python -m common apply --transform transform.h5 --moving scan.nii.gz --fixed ref.nii.gz --output moved.nii.gz``
     ``python -m common apply --transform transform.h5 --points landmarks.csv --of fixed --output partners.csv``
+
+    A transform says for every point of the fixed image which point of the moving image belongs to it::
+
+                           transform T
+          fixed image   ---------------->   moving image
+            a point x                         its partner T(x)
+
+          images of the moving one  <----   pulled against the arrow: moved(x) = moving(T(x))
+          points of the fixed one   ---->   along the arrow (--of fixed)
+          points of the moving one  <----   back along the inverse of T (--of moving)
 
     Args:
         transform: a file, or several as antsApplyTransforms takes them (the last one acts first on a point of the fixed
