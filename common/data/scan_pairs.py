@@ -59,13 +59,7 @@ class ScanPairs(Dataset):
     ) -> None:
         self.data, self.transform, self.tolerant = data, transform, folders is not None
         # Now and not later: other processes complete folders while this one works.
-        self.complete = set() if folders is None else {n for n, pair in enumerate(data) if folders.complete(pair)}
-        if self.complete:
-            names = ", ".join(str(data[n]["id"]) for n in sorted(self.complete))
-            logger.info(
-                "%d of %d pairs are complete and skipped (--overwrite True does them again): %s",
-                *(len(self.complete), len(data), names),
-            )
+        self.complete = set() if folders is None else _complete(data, folders)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -94,3 +88,24 @@ class ScanPairs(Dataset):
                 item[key] = _plain(loaded[key])
         item |= {key: loaded[key] for key in _ABOUT if loaded.get(key) is not None}
         return item | {f"{role}_affine": _affine(loaded[role]) for role in ("moving", "fixed")}
+
+
+def _complete(data: Sequence[Mapping[str, Any]], folders: PairFolders) -> set[int]:
+    """Which pairs need not be registered again; says so, and which do though they have results."""
+    complete = {number for number, pair in enumerate(data) if folders.complete(pair)}
+    again: dict[str, list[str]] = {}
+    for number, pair in enumerate(data):
+        changed = "" if number in complete or folders.overwrite else folders.changed(pair)
+        if changed:
+            again.setdefault(changed, []).append(str(pair["id"]))
+    for changed, names in again.items():
+        logger.info(
+            "%d of %d pairs were registered before with %s: done again: %s",
+            *(len(names), len(data), changed, ", ".join(names)),
+        )
+    if complete:
+        logger.info(
+            "%d of %d pairs are complete and skipped (--overwrite True does them again): %s",
+            *(len(complete), len(data), ", ".join(str(data[number]["id"]) for number in sorted(complete))),
+        )
+    return complete

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,26 +23,39 @@ from common.io.files import writing
 
 __all__ = ["PairFolders", "write_measures"]
 
-_FILES = ("moving", "fixed", "moving_label", "fixed_label", "moving_frame", "fixed_frame")
+_FILES = (
+    *("moving", "fixed", "moving_label", "fixed_label", "moving_frame", "fixed_frame"),
+    *("moving_points", "fixed_points", "points_space", "affine"),
+)
+_DIGITS = 12
+_PART = 2**20
 
 
 class PairFolders:
     """Where the results of each pair are, and which pairs have theirs already.
 
     A folder is complete once it has ``metrics.json``, which is written last and appears whole or not at all. Beside the
-    measures that file names the scans, so that a folder of the same name with results of other scans does not count.
+    measures that file names the scans and the settings, so that a folder of the same name with results of other scans,
+    or found in another way, does not count.
 
     Args:
         output_dir: folder of the folders.
         columns: what the values of each measure are called, such as the labels; see
             :class:`common.handlers.MetricsTable`.
         overwrite: take no folder for complete.
+        settings: what results depend on, by name: numbers, words, files, or lists of these. A file counts by what it
+            holds: its name is followed by the beginning of its SHA-256. None compares no settings.
     """
 
     def __init__(
-        self, output_dir: str | Path, columns: Mapping[str, Sequence[str]] | None = None, overwrite: bool = False
+        self,
+        output_dir: str | Path,
+        columns: Mapping[str, Sequence[str]] | None = None,
+        overwrite: bool = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir, self.overwrite = Path(output_dir), overwrite
+        self.settings = None if settings is None else {name: _stated(value) for name, value in settings.items()}
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
 
     def of(self, name: str) -> Path:
@@ -50,8 +64,23 @@ class PairFolders:
 
     def complete(self, pair: Mapping[str, Any]) -> bool:
         """Whether a pair need not be registered again."""
-        stored = {} if self.overwrite else self._read(pair["id"])
-        return stored.get("files") == _files(pair)
+        return not self.overwrite and self._read(pair["id"]).get("files") == _files(pair) and not self.changed(pair)
+
+    def changed(self, pair: Mapping[str, Any]) -> str:
+        """Which settings are others than those that a pair was registered with, in words.
+
+        Returns:
+            such as ``"refine 0, now 50"``; empty when nothing changed, or the pair was not registered before.
+        """
+        stored = self._read(pair["id"])
+        if self.settings is None or stored.get("files") != _files(pair):
+            return ""
+        old = stored.get("settings")
+        if not isinstance(old, dict):
+            return "settings that it does not name"
+        names = dict.fromkeys([*self.settings, *old])
+        pairs = {name: (old.get(name, "unknown"), self.settings.get(name, "unknown")) for name in names}
+        return "; ".join(f"{name} {was}, now {now}" for name, (was, now) in pairs.items() if was != now)
 
     def restart(self, name: str) -> None:
         """Make a folder incomplete, before something in it changes."""
@@ -71,7 +100,9 @@ class PairFolders:
             about: what else the file says, and no table does; no lists.
         """
         columns = {name: self.columns[name] for name, row in measures.items() if name in self.columns and len(row) > 1}
-        write_measures(self.of(pair["id"]), measures, {**(about or {}), "files": _files(pair), "columns": columns})
+        known = {} if self.settings is None else {"settings": self.settings}
+        stated = {**(about or {}), "files": _files(pair), **known, "columns": columns}
+        write_measures(self.of(pair["id"]), measures, stated)
 
     def measures(self, name: str) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
         """What :meth:`finish` stored of the pair of this ``id``, and what its values are called."""
@@ -99,6 +130,27 @@ def write_measures(folder: Path, measures: Mapping[str, Sequence[float]], about:
     values = {name: [None if math.isnan(value) else value for value in row] for name, row in measures.items()}
     with writing(folder / "metrics.json", [".json"]) as partial:
         partial.write_text(json.dumps({**values, **about}, indent=2) + "\n", encoding="utf-8")
+
+
+def _stated(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_stated(each) for each in value]
+    path = Path(str(value).removesuffix(":inverse"))
+    if not path.is_file():
+        return str(value)
+    return f"{Path(str(value)).name} ({_digest(path)[:_DIGITS]})"
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file of any size."""
+    found = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while part := stream.read(_PART):
+            found.update(part)
+    return found.hexdigest()
 
 
 def _files(pair: Mapping[str, Any]) -> dict[str, str]:

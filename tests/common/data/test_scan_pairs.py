@@ -95,3 +95,18 @@ def test_what_a_transform_says_of_a_pair_is_in_the_batch(tmp_path: Path) -> None
     assert torch.equal(batch["moving_affine"], batch["fixed_affine"])
     (small,) = DataLoader(ScanPairs([make_pair(tmp_path, "b", ((4, 5, 6), (6, 5, 3)))], LoadScanPaird()))
     assert len(small["warnings"]) == 1 and small["warnings"][0].count("\n") == 1
+
+
+def test_pairs_that_were_registered_otherwise_are_done_again(
+    pairs: list[dict[str, Any]], tmp_path: Path, caplog: Any
+) -> None:
+    for pair, refine in zip(pairs, (0, 50), strict=True):
+        PairFolders(tmp_path / "out", settings={"refine": refine}).finish(pair, {"dice": [0.5]})
+    with caplog.at_level("INFO"):
+        dataset = ScanPairs(pairs, LoadScanPaird(), PairFolders(tmp_path / "out", settings={"refine": 50}))
+    assert "1 of 2 pairs were registered before with refine 0, now 50: done again: a" in caplog.text
+    assert "1 of 2 pairs are complete and skipped (--overwrite True does them again): bb" in caplog.text
+    assert "moving" in dataset[0] and "moving" not in dataset[1]
+    caplog.clear()
+    ScanPairs(pairs, LoadScanPaird(), PairFolders(tmp_path / "out", overwrite=True, settings={"refine": 50}))
+    assert not caplog.text
