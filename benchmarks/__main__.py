@@ -12,6 +12,9 @@
 
 ``python -m benchmarks [--output runs/benchmarks.json] [--size 96]
 [--only spatial losses transforms dual_stream gradirn spatially_varying similarity_learning similarity_starts]``
+
+``python -m benchmarks two_scans [--pairs 12] [--what hippocampus brain]``: registration beside Greedy and ANTs, which
+takes data and some twenty minutes (:mod:`benchmarks.two_scans`).
 """
 
 from __future__ import annotations
@@ -76,4 +79,7 @@ def environment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["two_scans"]:
+        importlib.import_module("benchmarks.two_scans").main(sys.argv[2:])
+    else:
+        main()
