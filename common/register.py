@@ -112,7 +112,7 @@ def register_help(arguments: Sequence[str]) -> str:
     folder = _bundle_folder(named[0] if named else None)
     text = f"{_TITLE}\n\n{options_help(folder, {'output_dir': 'registered', 'bundle': folder.name, 'debug': None})}"
     others = [name for name in _bundle_names() if name != folder.name]
-    return text if not others else f"{text}\n\nOther bundles: {', '.join(others)}; --bundle NAME --help lists theirs."
+    return text if not others else f"{text}\n\nOther bundles, with other options: {', '.join(others)}."
 
 
 def _bundle_folder(name: str | None) -> Path:

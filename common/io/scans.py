@@ -214,9 +214,10 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
         raise ScanError(f"{path} is no readable NIfTI file: {error}") from error
     if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
+        spacing = [round(float(side), 4) for side in image.header.get_zooms()[:3]]
         warnings.warn(
             f"{path}: neither sform nor qform is set, so where the image lies is unknown; "
-            f"assuming nibabel's centred default with spacing {image.header.get_zooms()[:3]}",
+            f"assuming nibabel's centred default with spacing {spacing}",
             stacklevel=3,
         )
     return array, np.asarray(image.affine, dtype=np.float64)
