@@ -25,6 +25,7 @@ from common.spatial.warping import warp_points
 __all__ = ["Inversion", "invert"]
 
 _WORTHWHILE = 0.8  # what is left of the mean residual after an iteration that is worth another
+_FEW = 0.05  # of all voxels: so many are sooner done one by one
 _SHORTEST = 2.0**-7  # of Newton's step
 
 
@@ -92,7 +93,7 @@ def _fixed_point(ddf: Tensor, max_iterations: int, tolerance: float) -> tuple[Te
         distance = (inverse - back).square().sum(1).flatten(1)
         now = distance.sqrt().mean(1)
         # Items that are done rest, so that none depends on what it shares its batch with.
-        going = (distance.amax(1) > tolerance**2) & (now <= _WORTHWHILE * mean)
+        going = ((distance > tolerance**2).float().mean(1) > _FEW) & (now <= _WORTHWHILE * mean)
         if iterations >= max_iterations or not bool(going.any()):
             return inverse, iterations
         inverse = torch.where(going.view(-1, *(1,) * (ddf.dim() - 1)), back, inverse)
@@ -103,13 +104,17 @@ def _fixed_point(ddf: Tensor, max_iterations: int, tolerance: float) -> tuple[Te
 def _newton(ddf: Tensor, inverse: Tensor, max_iterations: int, tolerance: float) -> int:
     """Better the inverse (d, *S) of a field (1, d, *S) in place, where it is not good; returns how many iterations."""
     left = (inverse + sample_linear(ddf, inverse[None], "border")[0]).square().sum(0) > tolerance**2
-    goal = left.nonzero().to(ddf.dtype)
+    if not bool(left.any()):
+        return 0
+    ddf = ddf.double()  # Positions are rounded where displacements are not.
+    goal = left.nonzero().double()
     found = goal + inverse[:, left].T
     defect = warp_points(found[None], ddf)[0] - goal
     length = torch.ones_like(goal[:, :1])
     iterations = 0
     while iterations < max_iterations:
-        open_ = ((defect.square().sum(1) > tolerance**2) & (length[:, 0] >= _SHORTEST)).nonzero()[:, 0]
+        # A little less, as the result is rounded.
+        open_ = ((defect.square().sum(1) > (0.9 * tolerance) ** 2) & (length[:, 0] >= _SHORTEST)).nonzero()[:, 0]
         if not len(open_):
             break
         tried = found[open_] - length[open_] * _newton_step(ddf, found[open_], defect[open_])
@@ -119,7 +124,7 @@ def _newton(ddf: Tensor, inverse: Tensor, max_iterations: int, tolerance: float)
         defect[open_] = torch.where(better, moved, defect[open_])
         length[open_] = torch.where(better, (2 * length[open_]).clamp(max=1), length[open_] / 2)
         iterations += 1
-    inverse[:, left] = (found - goal).T
+    inverse[:, left] = (found - goal).T.to(inverse.dtype)
     return iterations
 
 
