@@ -18,16 +18,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool3d
 
 from common.data import load_cohort
 from common.io import Scan, grid_of, load_image, load_label_map
 from common.losses import LNCC
-from common.metrics import DiceScore, NonPositiveJacobianPercent, Similarity
+from common.metrics import DiceScore, NonPositiveJacobianPercent
 from common.spatial import SpatialTransform, warp_labels, warp_scan
 
 __all__ = ["WHAT", "Pair", "PairMeasures", "list_pairs"]
 
 WHAT = ("hippocampus", "brain")
+_WINDOW = 9
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class PairMeasures:
         maps = [load_label_map(path) for path in (pair.moving_label, pair.fixed_label) if path is not None]
         self.maps = [_tensor(scan, "int32") for scan in maps]
         self.labels: Sequence[int] = pair.labels
+        self.scales = [float(image.std()) for image in (self.moving, self.fixed)]
+        # The skull-stripped brain and a rim of half a window, so that a moved brain that is too large counts too.
+        self.where = max_pool3d((self.fixed > 0).float(), _WINDOW, 1, _WINDOW // 2)
 
     def __call__(self, transform: SpatialTransform) -> dict[str, float]:
         """Measure a transform.
@@ -102,7 +107,8 @@ class PairMeasures:
 
         Returns:
             ``dice``, the mean over the labels, where there are label maps; ``lncc``, the mean squared local correlation
-            in windows of 9 voxels, 1 at best; ``folds``, the percentage of voxels at which the transform folds.
+            in windows of 9 voxels where the fixed image is above 0 and near it, 1 at best, of images of standard
+            deviation 1; ``folds``, the percentage of voxels at which the transform folds.
         """
         ddf = transform.ddf(self.fixed_grid, self.moving_grid)
         measured: dict[str, float] = {}
@@ -110,8 +116,10 @@ class PairMeasures:
             moving, fixed = self.maps
             moved = warp_labels(moving, ddf, padding="zeros")
             measured["dice"] = float(DiceScore(self.labels)(moved, fixed, moving).nanmean())
-        measured["lncc"] = float(Similarity(LNCC(9))(warp_scan(self.moving, ddf), self.fixed))
-        del ddf
+        images = (warp_scan(self.moving, ddf), self.fixed)
+        scaled = [image / scale for image, scale in zip(images, self.scales, strict=True)]
+        measured["lncc"] = -float(LNCC(_WINDOW)(*scaled, self.where))
+        del ddf, images, scaled
         # In voxels of the fixed grid on both sides, so that a grid which is stored mirrored is no fold.
         own = transform.ddf(self.fixed_grid, self.fixed_grid)
         measured["folds"] = float(NonPositiveJacobianPercent()(own))

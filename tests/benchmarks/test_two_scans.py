@@ -64,6 +64,24 @@ def test_a_map_that_mirrors_is_folded_everywhere(pair: Pair) -> None:
     assert PairMeasures(pair)(mirror)["folds"] == 100
 
 
+def test_correlation_is_of_what_the_fixed_image_shows_whatever_its_units(tmp_path: Path) -> None:
+    """A wide empty margin and another intensity scale change nothing; what spills over the edge counts."""
+    inside = np.random.default_rng(0).random((12, 12, 12)).astype(np.float32)
+
+    def correlation(moving: np.ndarray, scale: float, margin: int) -> float:
+        for name, array in (("moving", moving * scale), ("fixed", np.pad(inside + 0.1, 6))):
+            save_image(tmp_path / f"{name}.nii.gz", np.pad(array, margin), np.eye(4))
+        pair = Pair("brain", "x", tmp_path / "moving.nii.gz", tmp_path / "fixed.nii.gz")
+        return PairMeasures(pair)(shifted(0, 0, 0))["lncc"]
+
+    near = np.pad(inside + 0.1, 6)
+    expected = correlation(near, 1.0, 0)
+    assert expected > 0.99
+    assert correlation(near, 1e-4, 10) == pytest.approx(expected, abs=1e-3)
+    spilled = np.where(near == 0, np.random.default_rng(1).random(near.shape).astype(np.float32), near)
+    assert correlation(spilled, 1.0, 0) < 0.8 * expected
+
+
 def test_without_label_maps_there_is_no_dice(pair: Pair) -> None:
     assert set(PairMeasures(Pair("brain", "x", pair.moving, pair.fixed))(shifted(0, 0, 0))) == {"lncc", "folds"}
 
