@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,9 @@ __all__ = ["KINDS", "apply", "apply_to_image", "apply_to_points"]
 logger = logging.getLogger(__name__)
 
 KINDS = ("image", "label", "label_nearest", "probability")
+_STEPS = 50
+_ARRIVED, _MISSED = 1e-4, 0.01  # mm: where a search for a point ends, and what is worth a warning
+_SHOWN = 5
 
 
 def apply(
@@ -132,8 +136,43 @@ def apply_to_image(
 
 
 def apply_to_points(points: Tensor, transform: SpatialTransform, of: str = "fixed") -> Tensor:
-    """The partners (N, d) of points (N, d), RAS mm, of the fixed or of the moving image."""
-    return transform.points(points) if of == "fixed" else transform.inverse()[0].points(points)
+    """The partners (N, d) of points (N, d), RAS mm, of the fixed or of the moving image.
+
+    Warns:
+        UserWarning: for points of the moving image whose partners are not found, as where the transform folds.
+    """
+    return transform.points(points) if of == "fixed" else _sources(points, transform)
+
+
+def _sources(points: Tensor, transform: SpatialTransform) -> Tensor:
+    """The points that a transform takes to given ones, (N, d) both.
+
+    An inverse field has values in voxels and is interpolated between them. It serves as the start here, and then to
+    turn what is still missing at each point into a step, until the transform itself arrives.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of voxels that no point asks for
+        inverse = transform.inverse()[0]
+    start = inverse.points(points)
+    found, best = start, start
+    least = torch.full_like(points[:, 0], torch.inf)
+    for _ in range(_STEPS):
+        arrived = transform.points(found)
+        missed = torch.linalg.vector_norm(arrived - points, dim=1)
+        best = torch.where((missed < least)[:, None], found, best)
+        least = torch.minimum(missed, least)
+        if bool((least < _ARRIVED).all()):
+            break
+        found = found + start - inverse.points(arrived)
+    away = [int(row) for row in torch.nonzero(least > _MISSED).flatten()]
+    if away:
+        warnings.warn(
+            f"{len(away)} of {len(points)} points of the moving image could not be followed back, as where a transform "
+            f"folds: their partners are only near, up to {float(least.max()):.2g} mm off, in rows "
+            f"{[row + 1 for row in away[:_SHOWN]]}",
+            stacklevel=3,
+        )
+    return best
 
 
 def _load(paths: Sequence[str], grids: tuple[Grid | None, ...], inverse: bool) -> SpatialTransform:

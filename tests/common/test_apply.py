@@ -18,8 +18,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 
-from common.apply import apply, apply_to_image
+from common.apply import apply, apply_to_image, apply_to_points
+from common.data.contrast import make_contrast_pair
 from common.io import load_image, load_series, save_field, save_image, save_series, save_transform
 from common.spatial import Affine, Grid, SpatialTransform
 from tests.bundles.commands import succeed
@@ -190,3 +192,115 @@ def test_a_form_that_needs_both_images_asks_for_them(folder: Path) -> None:
     (folder / "points.csv").write_text("1,2,3\n")
     with pytest.raises(ValueError, match="without both images"):
         apply(str(folder / "flirt.mat"), str(folder / "out.csv"), points=str(folder / "points.csv"))
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """A folder with two scans of different grids, one mirrored, and in ``out`` what their registration left."""
+    folder = tmp_path_factory.mktemp("registered")
+    pair = make_contrast_pair((22, 20, 18), subject=4)
+    mirrored = np.array([[-1.2, 0, 0, 30], [0, 1.2, 0.1, -12], [0, -0.1, 1.2, 5], [0, 0, 0, 1]])
+    for role, affine in (("moving", mirrored), ("fixed", np.diag([1.0, 1.3, 1.1, 1]))):
+        for key in (role, f"{role}_label"):
+            array = getattr(pair, key).numpy()[:: -1 if role == "moving" else 1]
+            save_image(folder / f"{key}.nii.gz", array if "label" in key else 200 * array, affine)
+    options = ["--affine", "centre", "--report", "False", "--output_dir", "out"]
+    for key in ("moving", "fixed", "moving_label", "fixed_label"):
+        options += [f"--{key}", f"{key}.nii.gz"]
+    succeed(run_python(["-m", "common", "register", *options], folder, {"PYTHONPATH": str(repository)}))
+    return folder
+
+
+TRANSFORMS = pytest.mark.parametrize("name", ["transform.h5", "ddf.nii.gz"])
+
+
+def carried(folder: Path, name: str, output: Path, **options: str) -> Path:
+    """What ``apply`` makes of a file with a transform that the registration left."""
+    images = {key: str(folder / f"{key}.nii.gz") for key in ("moving", "fixed")}
+    given = {key: str(folder / value) if key == "moving" else value for key, value in options.items()}
+    apply(str(folder / "out" / name), str(output), **{**images, **given})  # type: ignore[arg-type]
+    return output
+
+
+@TRANSFORMS
+def test_maps_follow_a_registration(registered: Path, tmp_path: Path, name: str) -> None:
+    moved = load_image(registered / "out/moved_label.nii.gz").array
+    label = {"moving": "moving_label.nii.gz"}
+    whole = load_image(carried(registered, name, tmp_path / "a.nii.gz", kind="label", **label)).array
+    assert (whole == moved).mean() > 0.999 and len(np.unique(moved)) > 2
+    nearest = load_image(carried(registered, name, tmp_path / "b.nii.gz", kind="label_nearest", **label)).array
+    assert 0.9 < (nearest == moved).mean() < 1 and set(np.unique(nearest)) <= set(np.unique(moved))
+
+    source = load_image(registered / "moving_label.nii.gz")
+    classes = [0, *np.unique(source.array[source.array > 0])]
+    save_series(registered / "shares.nii.gz", [(source.array == k).astype(np.float32) for k in classes], source.affine)
+    shares = carried(registered, name, tmp_path / "c.nii.gz", kind="probability", moving="shares.nii.gz")
+    stack = np.stack([scan.array for scan in load_series(shares)])
+    assert stack.shape == (len(classes), *moved.shape) and np.allclose(stack.sum(0), 1, atol=1e-5)
+    assert (np.array(classes)[stack.argmax(0)] == moved).mean() > 0.995
+
+
+@TRANSFORMS
+def test_points_follow_a_registration(registered: Path, tmp_path: Path, name: str) -> None:
+    """In three spaces, there and back; and the images show the same at a point and its partner."""
+    fixed, moving = (load_image(registered / f"{key}.nii.gz") for key in ("fixed", "moving"))
+    voxels = np.array([[9, 8, 7], [12, 11, 9], [10, 5, 12], [7, 12, 6]], dtype=np.float64)
+    world = voxels @ fixed.affine[:3, :3].T + fixed.affine[:3, 3]
+    given = {"voxel": voxels, "ras": world, "lps": world * [-1, -1, 1]}
+    partners: dict[str, np.ndarray] = {}
+    for space, points in given.items():
+        for of, csv in (("fixed", points), ("moving", None)):
+            table = tmp_path / f"{space}.csv"
+            np.savetxt(table, partners[space] if csv is None else csv, delimiter=",")
+            options = {"points": str(table), "space": space, "of": of}
+            found = np.loadtxt(carried(registered, name, tmp_path / "out.csv", **options), delimiter=",")
+            if of == "fixed":
+                partners[space] = found
+            else:
+                np.testing.assert_allclose(found, points, atol=2e-4)
+    to_voxels = np.linalg.inv(moving.affine)
+    np.testing.assert_allclose(partners["lps"], partners["ras"] * [-1, -1, 1], atol=1e-3)
+    in_voxels = partners["ras"] @ to_voxels[:3, :3].T + to_voxels[:3, 3]
+    np.testing.assert_allclose(partners["voxel"], in_voxels, atol=1e-3)
+    assert np.abs(partners["ras"] - world).max() > 5, "the scans lie apart"
+    moved = load_image(registered / "out/moved.nii.gz").array
+    there = map_coordinates(moving.array.astype(float), partners["voxel"].T, order=1)
+    np.testing.assert_allclose(there, moved[tuple(voxels.astype(int).T)], atol=0.5)  # of values up to 200
+
+
+def zigzag() -> SpatialTransform:
+    """Runs forth, back by 2 and forth again along the first axis: between 8 and 10 mm three points go to one."""
+    ddf = torch.zeros(1, 2, 21, 5)
+    ddf[:, 0] = torch.tensor([0.0] * 10 + [0, -2, -4] + [-4.0] * 8)[:, None]
+    grid = Grid((21, 5), torch.eye(3))
+    return SpatialTransform.from_ddf(ddf, grid, grid)
+
+
+def test_points_at_a_fold_go_to_one_of_their_partners() -> None:
+    points = torch.tensor([[6.0, 2.0], [8.5, 2.0], [9.5, 1.0], [14.25, 2.0]], dtype=torch.float64)
+    partners = apply_to_points(points, zigzag(), "moving")
+    torch.testing.assert_close(zigzag().points(partners), points, atol=1e-3, rtol=0)
+    assert torch.allclose(partners[[0, 3]], torch.tensor([[6.0, 2.0], [18.25, 2.0]], dtype=torch.float64), atol=1e-3)
+
+
+def test_points_that_are_not_followed_back_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ddf = 0.3 * torch.randn(1, 2, 9, 9, generator=torch.Generator().manual_seed(0))
+    ddf[..., :5, :] = 0
+    grid = Grid((9, 9), torch.eye(3))
+    rough = SpatialTransform.from_ddf(ddf, grid, grid)
+    points = torch.tensor([[2.5, 2.5], [6.5, 5.5]], dtype=torch.float64)
+    torch.testing.assert_close(rough.points(apply_to_points(points, rough, "moving")), points, atol=1e-3, rtol=0)
+    monkeypatch.setattr("common.apply._STEPS", 1)
+    with pytest.warns(UserWarning, match=r"1 of 2 points .* could not be followed back, .* off, in rows \[2\]"):
+        apply_to_points(points, rough, "moving")
+
+
+def test_points_of_the_moving_scan_go_by_the_written_inverse_too(registered: Path, tmp_path: Path) -> None:
+    world = np.array([[20.0, 0.0, 15.0], [15.0, 2.0, 12.0]])
+    np.savetxt(tmp_path / "points.csv", world, delimiter=",")
+    points = {"points": str(tmp_path / "points.csv")}
+    back = carried(registered, "transform.h5", tmp_path / "a.csv", of="moving", **points)
+    other = carried(registered, "inverse_transform.h5", tmp_path / "b.csv", of="fixed", **points)
+    first, second = (np.loadtxt(path, delimiter=",") for path in (back, other))
+    assert np.abs(first - world).max() > 2
+    np.testing.assert_allclose(first, second, atol=0.1)
