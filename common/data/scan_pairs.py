@@ -29,7 +29,7 @@ _IMAGES = ("moving", "fixed", "moving_label", "fixed_label", "initial_label")
 _POINTS = ("moving_points", "fixed_points", "initial_points")
 _NAMES = ("moving_id", "fixed_id", "id")
 # What a transform may say of a pair beside its images.
-_ABOUT = ("affine_matrix", "timings", "warnings", "moving_frame", "fixed_frame")
+_ABOUT = ("affine_matrix", "alignment", "timings", "warnings", "moving_frame", "fixed_frame")
 
 
 class ScanPairs(Dataset):
@@ -39,8 +39,9 @@ class ScanPairs(Dataset):
     ``moving_affine``, ``fixed_affine`` (d+1,d+1) float64, and the names ``moving_id``, ``fixed_id`` and ``id``. Where
     the transform gives them: landmarks ``moving_points`` and ``fixed_points`` (N,d) in voxels of their images,
     ``initial_points`` (N,d) and ``initial_label`` (1,*S) as they lay before an affine alignment, ``affine_matrix``
-    (d+1,d+1) float64, ``timings`` (seconds by name), ``warnings`` (lines), and ``moving_frame`` and ``fixed_frame`` of
-    pairs that have them. Sizes differ from item to item, so a batch has one.
+    (d+1,d+1) float64 and ``alignment``, how that was found, in words, ``timings`` (seconds by name), ``warnings``
+    (lines), and ``moving_frame`` and ``fixed_frame`` of pairs that have them. Sizes differ from item to item, so a
+    batch has one.
 
     Where ``folders`` are given, a list goes on whatever happens to one of its pairs: an item of nothing but names is a
     pair that was registered before, one with ``error`` a pair that cannot be loaded, and why.

@@ -102,7 +102,7 @@ def write_inverse(
     forms: Sequence[str],
     about: Mapping[str, Any],
     folded: int = 0,
-) -> float | None:
+) -> tuple[SpatialTransform, float | None]:
     """``inverse_ddf.nii.gz``, ``inverse_transform.h5`` and ``inverse_moved.nii.gz``, the way back, on the moving grid.
 
     It is the network's own inverse where it gives one, otherwise a numerical one.
@@ -116,7 +116,7 @@ def write_inverse(
         folded: how many voxels of the way there fold, which is worth a warning.
 
     Returns:
-        of a numerical inverse how far at most, in mm, going there and back ends from where it began.
+        the way back and, of a numerical inverse, how far at most, in mm, going there and back ends from where it began.
     """
     ddf, residual = found.inverse_ddf(), None
     if ddf is not None:
@@ -130,7 +130,7 @@ def write_inverse(
     save_image(folder / "inverse_moved.nii.gz", moved[0, 0].cpu().numpy(), found.moving.affine_3d)
     scans = {"moving": found.moving, "fixed": found.fixed}
     _write_forms(folder, "inverse_", (ddf, back), scans, forms, about)
-    return residual
+    return back, residual
 
 
 def _inverted(

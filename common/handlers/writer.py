@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
 from common import __version__
 from common.handlers.figures import registration_figure
 from common.handlers.output import claim_folder
+from common.handlers.pair_report import report_points, write_pair_report
 from common.handlers.registered import RegisteredPair
-from common.handlers.report import ReportInputs, write_report
-from common.handlers.report.inputs import library_versions
 from common.handlers.results import (
     FORMS,
     as_image,
@@ -42,6 +38,7 @@ from common.handlers.results import (
     write_moved_label,
     write_transform,
 )
+from common.handlers.summary import files_in_words, times_in_words, timings_of
 from common.io import PairFolders, Scan, load_image, require_label_map
 from common.io.label_maps import load_label_map
 from common.io.pair_folders import write_measures
@@ -81,15 +78,17 @@ class RegistrationWriter:
 
     Args:
         output_dir: folder, made and tried before the first pair.
-        pairs: the pairs in the evaluator's order: ``moving`` and ``fixed`` are files, ``moving_label`` may be.
+        pairs: the pairs in the evaluator's order: ``moving`` and ``fixed`` are files, ``moving_label`` and, for the
+            report, ``fixed_label``, ``moving_points`` and ``fixed_points`` may be.
         field_format: what is written of the transform: ``"itk"`` or ``"l2r"`` (see :func:`common.io.save_field`),
-            ``"composite"`` (ITK takes some eight seconds to load for it), or a list of these.
+            ``"composite"``, or a list of these.
         maps: outputs of the network, (B, 1, \\*S) on the fixed grid, that become files where it gives them.
         folders: where the pairs of a list go, see :class:`common.io.PairFolders`.
         inverse: ``"network"`` for the network's own where it gives one, ``"auto"`` for a numerical one where it does
             not, ``"none"`` for none.
         bundle: the bundle's folder or name, for the JSON files and the report.
         report: write ``report.html`` too, a page with everything about the pair.
+        columns: what the values of each measure are called, such as labels. Default: as ``folders`` has it.
 
     Raises:
         ValueError: for an unknown format or kind of inverse; when the evaluator starts, for a label map with fractional
@@ -108,6 +107,7 @@ class RegistrationWriter:
         inverse: str = "network",
         bundle: str | Path | None = None,
         report: bool = False,
+        columns: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.forms = _forms(field_format)
         if inverse not in _INVERSES:
@@ -117,6 +117,8 @@ class RegistrationWriter:
         self.folders = folders
         self.maps = tuple(maps)
         self.inverse, self.report = inverse, report
+        named = columns if columns is not None or folders is None else folders.columns
+        self.columns = {name: list(values) for name, values in (named or {}).items()}
         self.made_by = {"made_by": f"WarpZoo {__version__}", **_bundle(bundle)}
 
     @property
@@ -148,7 +150,9 @@ class RegistrationWriter:
             folder = self.output_dir if len(self.pairs) == 1 else self.output_dir / "_to_".join(names)
             (folder / "metrics.json").unlink(missing_ok=True)
             about = self._write(folder, RegisteredPair(self.pairs["_to_".join(names)], output, item))
-            write_measures(folder, _measured(output, item), about)
+            measures = _measured(output, item)
+            columns = {n: self.columns[n] for n, row in measures.items() if n in self.columns and len(row) > 1}
+            write_measures(folder, measures, {**about, "columns": columns} if columns else about)
 
     def _write_listed(self, folders: PairFolders, output: dict[str, Any]) -> None:
         for item, name in enumerate(output["id"]):
@@ -167,28 +171,38 @@ class RegistrationWriter:
 
     def _write(self, folder: Path, found: RegisteredPair) -> dict[str, Any]:
         """Write everything but ``metrics.json``; returns what that has to say beside the measures."""
-        began = time.perf_counter()
+        began, clock = time.perf_counter(), time.time()
         folder.mkdir(parents=True, exist_ok=True)
         image, moved = write_moved(folder, found)
-        transform = found.transform()
         determinant = write_jacobian(folder, found)
-        residual = self._write_transforms(folder, found, transform, int((determinant <= 0).sum()))
+        transform = found.transform()
+        back, residual = self._write_transforms(folder, found, transform, int((determinant <= 0).sum()))
+        motion = _motion(transform)
+        del transform
         maps = self._write_maps(folder, found)
         start = found.start()
         labels = write_moved_label(folder, found, start)
         before = warp_scan(image, start)
         del image, start
-        motion = _motion(transform)
         _draw(folder, found, (before, moved, motion), {"determinant": determinant, **labels, **maps})
-        timings = _timings(found) | {"write": time.perf_counter() - began}
+        timings = timings_of(found) | {"write": time.perf_counter() - began}
         if self.report:
             seen: dict[str, Any] = {"before": before, "moved": moved, "before_label": labels.get("moving_label")}
             seen |= {"moved_label": labels.get("moved_label"), "fixed_label": found.label("fixed")}
-            self._write_report(folder, found, seen, maps, timings)
-        logger.info("wrote %s in %.1f s", folder, time.perf_counter() - began)
+            self._write_report(folder, found, seen | report_points(found, back), maps, timings)
+            timings["write"] = time.perf_counter() - began
+        self._tell(folder, timings, clock)
         about: dict[str, Any] = {"timings": {name: round(seconds, 3) for name, seconds in timings.items()}}
         about |= {"refinement": found.output["refinement"]} if "refinement" in found.output else {}
         return about if residual is None else {**about, "inverse_residual_mm": residual}
+
+    def _tell(self, folder: Path, timings: Mapping[str, float], clock: float) -> None:
+        """Log what took how long and, of a single pair, what is where now."""
+        logger.info("%s: %s", folder, times_in_words(timings))
+        if len(self.pairs) == 1:
+            # Not what an earlier run with other options left; clocks of file systems are coarse.
+            new = [path.name for path in folder.iterdir() if path.is_file() and path.stat().st_mtime >= clock - 2]
+            logger.info("%s", files_in_words(folder, [*new, "metrics.json"]))
 
     def _write_report(
         self,
@@ -198,52 +212,18 @@ class RegistrationWriter:
         maps: Mapping[str, Any],
         timings: Mapping[str, float],
     ) -> None:
-        """``report.html``.
-
-        Args:
-            folder: where to.
-            found: the pair.
-            seen: images and label maps on the fixed file's grid, as :class:`common.handlers.report.ReportInputs` calls
-                them.
-            maps: what :meth:`_write_maps` has for pictures.
-            timings: seconds by stage.
-        """
-        more: dict[str, Any] = (
-            {"title": f"Registration by {self.made_by['bundle']}"} if "bundle" in self.made_by else {}
-        )
-        measures = _measured(found.output, found.item)
-        inputs = ReportInputs(
-            moving=found.moving,
-            fixed=found.fixed,
-            ddf=found.ddf,
-            maps={name.replace("_", " "): each for name, each in maps.items() if isinstance(each, Tensor)},
-            command=shlex.join(["python", *sys.orig_argv[1:]]),
-            versions=library_versions(found.device),
-            timings=timings,
-            measures=measures,
-            label_names=self._label_names(measures),
-            warnings=_warnings(found),
-            **seen,
-            **more,
-        )
-        write_report(folder / "report.html", inputs)
-
-    def _label_names(self, measures: Mapping[str, Sequence[float]]) -> Sequence[str]:
-        columns = {} if self.folders is None else self.folders.columns
-        named = [
-            columns[name] for name, row in measures.items() if len(row) > 1 and len(columns.get(name, ())) == len(row)
-        ]
-        return named[0] if named else ()
+        about: dict[str, Any] = {"columns": self.columns, "timings": timings, "bundle": self.made_by.get("bundle")}
+        write_pair_report(folder, found, seen, maps, measures=_measured(found.output, found.item), **about)
 
     def _write_transforms(
         self, folder: Path, found: RegisteredPair, transform: SpatialTransform, folded: int
-    ) -> float | None:
-        """Write the ways there and back; returns the residual of a numerical inverse, in mm."""
+    ) -> tuple[SpatialTransform | None, float | None]:
+        """Write the ways there and back; returns the way back and, if it is numerical, its residual in mm."""
         files = {f"{role}_file": str(scan.path) for role, scan in (("fixed", found.fixed), ("moving", found.moving))}
         about = {**files, **self.made_by}
         write_transform(folder, found, transform, self.forms, about)
         wanted = self.inverse == "auto" or (self.inverse == "network" and "inverse_ddf" in found.output)
-        return write_inverse(folder, found, transform, self.forms, about, folded) if wanted else None
+        return write_inverse(folder, found, transform, self.forms, about, folded) if wanted else (None, None)
 
     def _write_maps(self, folder: Path, found: RegisteredPair) -> dict[str, Any]:
         """Write what the network says beside the field, on the grid of the fixed file; a subclass may write more.
@@ -311,16 +291,3 @@ def _name(pair: Mapping[str, Any]) -> str:
 
 def _measured(output: Mapping[str, Any], item: int) -> dict[str, list[float]]:
     return {name: values[item].tolist() for name, values in output["metrics"].items()}
-
-
-def _warnings(found: RegisteredPair) -> list[str]:
-    """What was noted when the pair was loaded, a line each."""
-    notes = found.output.get("warnings") or ""
-    return [line for line in (notes if isinstance(notes, str) else notes[found.item]).splitlines() if line]
-
-
-def _timings(found: RegisteredPair) -> dict[str, float]:
-    """Seconds of the stages before this one, of this pair: numbers, or one for each pair of the batch."""
-    stages: Mapping[str, Any] = found.output.get("timings") or {}
-    rows = {name: torch.as_tensor(value).reshape(-1) for name, value in stages.items()}
-    return {name: float(row[found.item] if len(row) > 1 else row[0]) for name, row in rows.items()}

@@ -94,8 +94,8 @@ class PairAlignment:
             )
         return transform.matrix.numpy()
 
-    def find(self, moving: MetaTensor, fixed: MetaTensor) -> np.ndarray:
-        """The map by optimisation, (d+1, d+1) float64.
+    def find(self, moving: MetaTensor, fixed: MetaTensor) -> tuple[np.ndarray, str]:
+        """The map by optimisation, (d+1, d+1) float64, and how good it is, in words.
 
         Args:
             moving: (1, *Sm).
@@ -105,10 +105,19 @@ class PairAlignment:
         images = [image.as_tensor()[None].to(self.device) for image in (moving, fixed)]
         affines = affine_of(moving), affine_of(fixed)
         found = self.aligner(*images, *affines, kind=self.kind, similarity=self.similarity)
-        logger.info(
-            "%s alignment: %s %.4f before, %.4f after", *(self.kind, self.similarity, found.before, found.after)
+        said = (
+            f"{self.kind}: {self.similarity} {found.before:.4f} before, {found.after:.4f} after; "
+            f"{found.overlap:.0%} of the fixed scan's foreground lies in the moving scan"
         )
-        return np.asarray(found.matrix, dtype=np.float64)
+        logger.info("affine alignment, %s", said)
+        return np.asarray(found.matrix, dtype=np.float64), said
+
+    @property
+    def in_words(self) -> str:
+        """What is done, where nothing is sought."""
+        if self.kind == FRAMES:
+            return "frames: the middles of both scans on each other"
+        return "none: the scans lie as their headers say" if self.kind == "none" else f"read from {self.source}"
 
 
 def _files(affine: Any) -> list[str]:

@@ -118,7 +118,8 @@ class LoadScanPaird(Transform):
             the pair with MetaTensors in place of these, images (1, *S) float32 and label maps (1, *S) int32, whose
             affines lead from the voxels that the network sees to the world of each file; ``timings`` (seconds by name:
             ``load`` and, if one was sought or read, ``affine``); ``affine_matrix`` (d+1, d+1) float64, from the fixed
-            to the moving scan's world, except with "frames"; ``warnings``, a line each, if there are any.
+            to the moving scan's world, except with "frames"; ``alignment``, how that was found, in words; ``warnings``,
+            a line each, if there are any.
 
             Landmarks become (N, d) float32, in voxels of what the network sees of their own scan: the distance from
             their partners, mm in the moving file's world, is that of ``x + ddf(x)`` and ``moving_points`` under the
@@ -184,7 +185,7 @@ class LoadScanPaird(Transform):
         called = {key: "_".join(reversed(key.split("_"))) for key in images}
         steps = self._framed_steps(list(called.values()), grid["spatial_size"], grid["spacing"])
         framed = steps({called[key]: image for key, image in images.items()})
-        return {key: framed[called[key]] for key in images}, {}
+        return {**{key: framed[called[key]] for key in images}, "alignment": self.alignment.in_words}, {}
 
     def _aligned(
         self, images: Mapping[str, MetaTensor], matrix: np.ndarray | None, alignment: PairAlignment
@@ -193,7 +194,9 @@ class LoadScanPaird(Transform):
         dims = images["fixed"].ndim - 1
         ready = self._steps(list(images), dims)(dict(images))
         began = time.perf_counter()
-        matrix = alignment.find(ready["moving"], ready["fixed"]) if matrix is None else matrix
+        said = alignment.in_words
+        if matrix is None:
+            matrix, said = alignment.find(ready["moving"], ready["fixed"])
         spent = {"affine": time.perf_counter() - began}
         own = tuple(ready["fixed"].shape[1:]), affine_of(ready["fixed"])
         grid = spaced_grid(*own, self._spacing(dims))
@@ -208,7 +211,7 @@ class LoadScanPaird(Transform):
             elif not np.array_equal(grid[1], own[1]):
                 # To its edge, a coarser grid may reach half a voxel beyond the outermost centres.
                 ready[key] = onto_grid(ready[key], *grid, np.eye(dims + 1), label=label, padding="border")
-        return {**ready, "affine_matrix": torch.from_numpy(matrix)}, spent
+        return {**ready, "affine_matrix": torch.from_numpy(matrix), "alignment": said}, spent
 
     def _steps(self, keys: Sequence[str], dims: int) -> Compose:
         """Turn, window and merge, without resampling."""

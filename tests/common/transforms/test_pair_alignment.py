@@ -102,12 +102,15 @@ def test_headers_alone_and_what_is_sought(scans: tuple[Scan, Scan]) -> None:
 
     def aligner(*arguments: Any, **options: Any) -> Any:
         calls.append((arguments, options))
-        return SimpleNamespace(matrix=TURN, before=0.1, after=0.9)
+        return SimpleNamespace(matrix=TURN, before=0.1, after=0.9, overlap=0.75)
 
     alignment = PairAlignment("rigid", aligner, "mi")
     assert alignment.known(*scans) is None
     images = [MetaTensor(torch.from_numpy(s.array)[None], affine=torch.from_numpy(s.affine)) for s in scans]
-    assert np.array_equal(alignment.find(*images), TURN)
+    matrix, said = alignment.find(*images)
+    assert np.array_equal(matrix, TURN)
+    assert said == "rigid: mi 0.1000 before, 0.9000 after; 75% of the fixed scan's foreground lies in the moving scan"
+    assert PairAlignment("none").in_words.startswith("none: ")
     ((moving, fixed, moving_affine, fixed_affine), options) = calls[0]
     assert moving.shape == (1, 1, 6, 7, 8) and fixed.shape == (1, 1, 5, 7, 8) and options["similarity"] == "mi"
     assert options["kind"] == "rigid"
