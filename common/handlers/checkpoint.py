@@ -331,6 +331,7 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], path: Path) ->
         and isinstance(weights.get(key), Tensor)
         and weights[key].shape != own[key].shape
     }
+    _require_one_dimension(type(network).__name__, shapes, path)
     if missing or unexpected or shapes:
         differing = [f"{key} {found} instead of {wanted}" for key, (found, wanted) in shapes.items()]
         parts = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
@@ -339,6 +340,17 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], path: Path) ->
             + "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts.items() if keys)
         )
     network.load_state_dict(OrderedDict(weights))
+
+
+def _require_one_dimension(name: str, shapes: Mapping[str, tuple[tuple[int, ...], ...]], path: Path) -> None:
+    """Say it plainly when weights for slices meet a network for volumes, or the other way round."""
+    axes = {(len(found), len(wanted)) for found, wanted in shapes.values()}
+    for here, there, scans in ((2, 3, "volumes"), (3, 2, "slices")):
+        if (here + 2, there + 2) in axes:  # of convolutions
+            raise CheckpointError(
+                f"{path} has weights for {here}-D, but this {name} is for {there}-D, as the scans are: expected weights "
+                f"for {scans}. Choose a bundle that ships some, or another checkpoint"
+            )
 
 
 def _some(keys: list[str], most: int = 4) -> str:

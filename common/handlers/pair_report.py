@@ -62,6 +62,7 @@ def write_pair_report(
         moving=found.moving,
         fixed=found.fixed,
         ddf=found.ddf,
+        aligned=found.affine_part is not None,
         maps={name.replace("_", " "): each for name, each in maps.items() if isinstance(each, Tensor)},
         title="Registration report" if bundle is None else f"Registration by {bundle}",
         steps=steps_of(found, bundle),

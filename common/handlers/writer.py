@@ -184,11 +184,12 @@ class RegistrationWriter:
         labels = write_moved_label(folder, found, start)
         before = warp_scan(image, start)
         del image, start
+        labels |= _fixed_label(found)
         _draw(folder, found, (before, moved, motion), {"determinant": determinant, **labels, **maps})
         timings = timings_of(found) | {"write": time.perf_counter() - began}
         if self.report:
             seen: dict[str, Any] = {"before": before, "moved": moved, "before_label": labels.get("moving_label")}
-            seen |= {"moved_label": labels.get("moved_label"), "fixed_label": found.label("fixed")}
+            seen |= {name: labels.get(name) for name in ("moved_label", "fixed_label")}
             self._write_report(folder, found, seen | report_points(found, back), maps, timings)
             timings["write"] = time.perf_counter() - began
         self._tell(folder, timings, clock)
@@ -238,6 +239,11 @@ class RegistrationWriter:
         given = {name: found.output[name][found.item : found.item + 1] for name in self.maps if name in found.output}
         maps = {name: write_map(folder, name, found, seen) for name, seen in given.items()}
         return {name: maps[name] for name in _DRAWN_MAPS if name in maps}
+
+
+def _fixed_label(found: RegisteredPair) -> dict[str, Tensor]:
+    label = found.label("fixed")
+    return {} if label is None else {"fixed_label": label[0]}
 
 
 def _motion(transform: SpatialTransform) -> Tensor:

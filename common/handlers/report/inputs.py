@@ -36,13 +36,15 @@ class ReportInputs:
 
     Attributes:
         moving, fixed: the two files.
-        before: (*S), the moving scan on the fixed file's grid before registration.
+        before: (*S), the moving scan on the fixed file's grid before registration: where its header, or an affine map
+            that came first, places it.
         moved: (*S), the same after registration.
         ddf: (1, d, *S) or (d, *S), as ``warp(moving.array, ddf)`` takes it: ``x + ddf(x)`` are voxels of the moving
             file's grid, x those of the fixed file's.
         fixed_label, before_label, moved_label: (*S) label maps on the fixed file's grid.
         fixed_points, before_points, moved_points: (N, d) landmarks in voxels of the fixed file's grid; ``before`` are
-            those of the moving scan where its header places them, ``moved`` where the registration brings them.
+            those of the moving scan as ``before`` has it, ``moved`` where the registration brings them.
+        aligned: whether an affine map came first; what is called before is then after that.
         maps: further maps (*S) on the fixed file's grid, by title, such as ``{"weight of the smoothness": ...}``.
         title: of the page.
         steps: what was done, such as ``{"affine": "rigid", "refinement": "50 iterations"}``.
@@ -65,6 +67,7 @@ class ReportInputs:
     fixed_points: Any = None
     before_points: Any = None
     moved_points: Any = None
+    aligned: bool = False
     maps: Mapping[str, Any] = field(default_factory=dict)
     title: str = "Registration report"
     steps: Mapping[str, str] = field(default_factory=dict)

@@ -75,7 +75,7 @@ def _page(
         _warnings(inputs.warnings),
         "<noscript><p class='note'>Choosing a slice and a view needs JavaScript. Without it, all pictures are at the"
         " end of each plane.</p></noscript>",
-        _pictures(volumes, parts, drawn, scale),
+        _pictures(volumes, parts, drawn, scale, inputs.aligned),
         _numbers(inputs, volumes),
         _provenance(inputs),
         "</main>",
@@ -100,7 +100,9 @@ def _warnings(warnings: Sequence[str]) -> str:
     return f'<section class="note" aria-label="Warnings"><strong>Warnings</strong><ul>{lines}</ul></section>'
 
 
-def _pictures(volumes: Volumes, parts: Sequence[Plane], drawn: Sequence[dict[str, Sheet]], scale: Scales) -> str:
+def _pictures(
+    volumes: Volumes, parts: Sequence[Plane], drawn: Sequence[dict[str, Sheet]], scale: Scales, aligned: bool
+) -> str:
     views = choices(volumes)
     radios = "".join(
         f'<label class="choice"><input type="radio" name="view" value="{key}"{" checked" if k == 0 else ""}>'
@@ -116,6 +118,8 @@ def _pictures(volumes: Volumes, parts: Sequence[Plane], drawn: Sequence[dict[str
         if len(volumes.shape) == 3
         else "Shown as the array is: its first axis runs right, its second up."
     )
+    if aligned:
+        how += " Before is where the affine map has brought the moving scan."
     return (
         f'<section aria-labelledby="pictures"><h2 id="pictures">Pictures</h2><p class="soft">{how} Grey values are'
         " scaled from percentile 0.5 to 99.8, of the fixed image and of the moving image before and after.</p>"

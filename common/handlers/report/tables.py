@@ -24,7 +24,9 @@ from common.io import Scan
 
 __all__ = ["details_of_labels", "facts", "grids", "measures", "table", "timings"]
 
-_BEFORE = "_before"
+# Suffixes of measures and when they were taken; what came before the network is "before" if nothing came before that.
+_STAGES = {"_initial": "by the headers", "_before": "before", "_network": "network alone", "": "after"}
+_ALIGNED = "after the affine map"
 _MEASURES = {
     "dice": "Dice (1 is perfect)",
     "similarity": "LNCC similarity (1 is perfect)",
@@ -74,32 +76,33 @@ def timings(seconds: Mapping[str, float]) -> str:
 
 
 def measures(given: Mapping[str, Measure]) -> str:
-    """One row a measure, the mean of its values: before, after and the change."""
+    """One row a measure, the mean of its values: at each stage that anything was measured at, and the change."""
+    staged, heads = _staged(given), _heads(given)
     rows = []
-    for name, before, after in _paired(given):
-        count = max(len(before), len(after))
+    for name, stages in staged.items():
+        count = max(map(len, stages.values()))
         title = _MEASURES.get(name, name) + (f", mean of {count} labels" if count > 1 else "")
-        first, second = _mean(before), _mean(after)
-        change = f"{second - first:+.4g}" if math.isfinite(second - first) else ""
-        rows.append((title, number(first) if before else "", number(second) if after else "", change))
-    return table(("measure", "before", "after", "change"), rows, numbers=True)
+        means = {suffix: _mean(values) for suffix, values in stages.items()}
+        first = next((means[suffix] for suffix in ("_initial", "_before") if suffix in means), math.nan)
+        change = means.get("", math.nan) - first
+        cells = [number(means[suffix]) if suffix in means else "" for suffix in heads]
+        rows.append((title, *cells, f"{change:+.4g}" if math.isfinite(change) else ""))
+    return table(("measure", *heads.values(), "change"), rows, numbers=True)
 
 
 def details_of_labels(given: Mapping[str, Measure], names: Sequence[str | int]) -> str:
     """One row a label, for measures that have one value each; empty without any."""
-    several = [(name, b, a) for name, b, a in _paired(given) if max(len(b), len(a)) > 1]
-    if not several:
+    heads = _heads(given)
+    columns: dict[str, list[float]] = {}
+    for name, stages in _staged(given).items():
+        if max(map(len, stages.values())) > 1:
+            columns |= {f"{name} {heads[suffix]}": stages[suffix] for suffix in heads if suffix in stages}
+    if not columns:
         return ""
-    head, columns = ["label"], []
-    for name, before, after in several:
-        for values, when in ((before, "before"), (after, "after")):
-            if values:
-                head.append(f"{name} {when}")
-                columns.append(values)
-    count = max(len(values) for values in columns)
+    count = max(map(len, columns.values()))
     called = [str(name) for name in names] if len(names) == count else [f"number {k + 1}" for k in range(count)]
-    rows = [(called[k], *(number(v[k]) if k < len(v) else "" for v in columns)) for k in range(count)]
-    return f"<details><summary>Each label</summary>{table(head, rows, numbers=True)}</details>"
+    rows = [(called[k], *(number(v[k]) if k < len(v) else "" for v in columns.values())) for k in range(count)]
+    return f"<details><summary>Each label</summary>{table(('label', *columns), rows, numbers=True)}</details>"
 
 
 def number(value: float | None) -> str:
@@ -115,15 +118,23 @@ def _grid(role: str, scan: Scan) -> tuple[str, ...]:
     return role, scan.path.name, shape, spacing, scan.orientation
 
 
-def _paired(given: Mapping[str, Measure]) -> list[tuple[str, list[float], list[float]]]:
-    """Name, values before and values after, in the order in which names appear."""
-    names = dict.fromkeys(name.removesuffix(_BEFORE) for name in given)
-    return [(name, _values(given, name + _BEFORE), _values(given, name)) for name in names]
+def _staged(given: Mapping[str, Measure]) -> dict[str, dict[str, list[float]]]:
+    """The values of each measure by the suffix of their stage, in the order in which names appear."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in given:
+        suffix = next(suffix for suffix in _STAGES if name.endswith(suffix))
+        found.setdefault(name.removesuffix(suffix), {})[suffix] = _values(given, name)
+    return found
+
+
+def _heads(given: Mapping[str, Measure]) -> dict[str, str]:
+    """What each stage that there is a column for is called, by its suffix."""
+    taken = {suffix for stages in _staged(given).values() for suffix in stages} | {"_before", ""}
+    heads = {suffix: text for suffix, text in _STAGES.items() if suffix in taken}
+    return {**heads, "_before": _ALIGNED} if "_initial" in taken else heads
 
 
 def _values(given: Mapping[str, Measure], name: str) -> list[float]:
-    if name not in given:
-        return []
     value = given[name]
     several = value if isinstance(value, Sequence) else [value]
     return [math.nan if v is None else float(v) for v in several]

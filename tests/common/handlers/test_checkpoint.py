@@ -308,6 +308,15 @@ def test_another_network_is_described(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "model.pt", deep)
 
 
+@pytest.mark.parametrize(("here", "there", "scans"), [(2, 3, "volumes"), (3, 2, "slices")])
+def test_weights_of_the_other_dimension_are_called_so(tmp_path: Path, here: int, there: int, scans: str) -> None:
+    kinds = {2: nn.Conv2d, 3: nn.Conv3d}
+    save_checkpoint(tmp_path / "w.pt", nn.Sequential(kinds[here](2, 3, 3), nn.Linear(3, 2)).state_dict())
+    network = nn.Sequential(kinds[there](2, 3, 3), nn.Linear(3, 2))
+    with pytest.raises(CheckpointError, match=rf"w.pt has weights for {here}-D, .* expected weights for {scans}"):
+        load_checkpoint(tmp_path / "w.pt", network)
+
+
 def test_a_model_file_cannot_be_resumed_from(tmp_path: Path) -> None:
     run = Run(tmp_path, 1).run()
     with pytest.raises(CheckpointError, match=r"lacks \['trainer', 'rng', 'model'"):

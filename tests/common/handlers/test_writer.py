@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from matplotlib.colors import to_rgb
 
 from common.handlers import RegistrationWriter
 from common.handlers.figures import FOLD_COLOUR
+from common.handlers.pair_report import report_points
+from common.handlers.registered import RegisteredPair
 from common.io import GridError, PairFolders, load_field, load_image
 
 SHAPE = (9, 8, 7)
@@ -53,6 +56,7 @@ def register(
     timings: dict[str, Any] | None = None,
     warnings: list[str] | None = None,
     refinement: dict[str, float] | None = None,
+    alignment: list[str] | None = None,
     **options: Any,
 ) -> list[int]:
     """Write a shift along the first axis, or a field; returns how many batches were processed.
@@ -70,6 +74,7 @@ def register(
         grids = {name: torch.eye(4, dtype=torch.float64)[None] for name in ("fixed_affine", "moving_affine")}
         fields: dict[str, Any] = {"ddf": field, "inverse_ddf": -field} if inverse is True else {"ddf": field}
         more = {"weight_map": weight, "timings": timings, "warnings": warnings, "refinement": refinement}
+        more |= {"alignment": alignment}
         fields |= {name: value for name, value in more.items() if value is not None}
         return {"moving_id": ["moving"], "fixed_id": ["fixed"], "metrics": measured, **fields, **grids}
 
@@ -185,6 +190,56 @@ def test_the_report_is_told_what_is_known(pair: dict[str, Any], tmp_path: Path) 
     for text in ("the scans hardly overlap", "the labels differ", "Registration by some_bundle", "dice"):
         assert text in page, text
     assert json.loads((tmp_path / "out/metrics.json").read_text())["refinement"] == {"iterations": 7}
+
+
+def test_the_report_says_what_was_done_and_names_labels(
+    pair: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.orig_argv", ["/somewhere/python", "-m", "common", "register", "--moving", "a b.nii.gz"])
+    output = {"refinement": {"iterations": 7, "loss_before": 0.5, "loss_after": 0.25}, "alignment": ["rigid: ncc 0.1"]}
+    register(tmp_path / "out", pair, report=True, bundle="some_bundle", columns={"dice": ("left", "right")}, **output)
+    page = (tmp_path / "out/report.html").read_text()
+    done = ["rigid: ncc 0.1", "some_bundle", "7 iterations, loss 0.5 before, 0.25 after", "left", "right"]
+    for text in (*done, "python -m common register --moving &#x27;a b.nii.gz&#x27;"):
+        assert f">{text}<" in page, text
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["columns"] == {"dice": ["left", "right"]}
+
+
+@pytest.mark.parametrize("space", ["ras", "lps", "voxel"])
+def test_landmarks_lie_where_the_pair_has_them(pair: dict[str, Any], tmp_path: Path, space: str) -> None:
+    """A network that shifts by a voxel along the first axis, in each of the spaces of points."""
+    points = np.array([[3.0, 4.0, 2.0], [5.0, 2.0, 3.0]])
+    sign = {"ras": [1, 1, 1], "lps": [-1, -1, 1], "voxel": [1, 1, 1]}[space]
+    for role in ("moving", "fixed"):
+        lines = ["x,y,z", *(",".join(map(str, row)) for row in points * sign)]
+        (tmp_path / f"{role}.csv").write_text("\n".join(lines))
+    own = {f"{role}_points": tmp_path / f"{role}.csv" for role in ("moving", "fixed")} | {"points_space": space}
+    field = torch.zeros(1, 3, *SHAPE)
+    field[:, 0] = 1.0
+    grids = {name: torch.eye(4, dtype=torch.float64)[None] for name in ("fixed_affine", "affine_matrix")}
+    grids["affine_matrix"][:, 1, 3] = 2.0  # and an affine map that shifts by two along the second
+    grids["moving_affine"] = grids["affine_matrix"]
+    found = RegisteredPair({**pair, **own}, {"ddf": field, **grids}, 0)
+    placed = report_points(found, found.transform().inverse()[0])
+    np.testing.assert_allclose(placed["fixed_points"], points)
+    np.testing.assert_allclose(placed["before_points"], points - [0, 2, 0])
+    np.testing.assert_allclose(placed["moved_points"], points - [1, 2, 0], atol=1e-4)
+    assert report_points(found, None).keys() == {"fixed_points", "before_points"}
+    assert report_points(RegisteredPair(pair, {"ddf": field, **grids}, 0), None) == {}
+
+
+def test_the_log_says_what_took_how_long_and_what_is_where(
+    pair: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.html").write_text("of an earlier run")
+    os.utime(tmp_path / "out/report.html", (1e9, 1e9))
+    with caplog.at_level("INFO", logger="common.handlers.writer"):
+        register(tmp_path / "out", pair, timings={"load": 0.25, "network": 2.0}, inverse="network")
+    told = [record.getMessage() for record in caplog.records if record.name == "common.handlers.writer"]
+    assert told[0].startswith(f"{tmp_path / 'out'}: load 0.2 s, network 2.0 s, write ")
+    lines = [line.split()[0] for line in told[1].splitlines()[1:]]
+    assert sorted(lines) == sorted(ALWAYS | {"ddf.nii.gz"}), "each file, one phrase; nothing of an earlier run"
 
 
 def test_a_frame_of_a_series_is_written_as_it_was_registered(pair: dict[str, Any], tmp_path: Path) -> None:

@@ -50,6 +50,21 @@ def test_measures_stand_before_and_after_with_their_change() -> None:
     ]
 
 
+def test_further_stages_have_columns_of_their_own() -> None:
+    given = {"tre_before": [3.0], "tre": [1.0], "dice": [0.5, 0.75], "tre_initial": [5.0], "tre_network": [2.0]}
+    assert rows(measures(given)) == [
+        ["measure", "by the headers", "after the affine map", "network alone", "after", "change"],
+        ["distance of landmarks (TRE), mm", "5", "3", "2", "1", "-4"],
+        ["Dice (1 is perfect), mean of 2 labels", "", "", "", "0.625", ""],
+    ]
+    given |= {"dice_initial": [0.25, 0.5], "dice_network": [0.5, 0.5]}
+    assert rows(details_of_labels(given, [1, 2])) == [
+        ["label", "dice by the headers", "dice network alone", "dice after"],
+        ["1", "0.25", "0.5", "0.5"],
+        ["2", "0.5", "0.5", "0.75"],
+    ]
+
+
 def test_each_label_has_a_row() -> None:
     given = {"dice_before": [0.5, None], "dice": [0.75, 0.25], "ndv": [0.125]}
     expected = [["17", "0.5", "0.75"], ["the &lt;rest&gt;", "not measured", "0.25"]]
