@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
 
@@ -226,10 +225,3 @@ def _carry_points(
     source, target = grids if of == "fixed" else tuple(reversed(grids))
     partners = apply_to_points(to_ras(table.coordinates, space, source), transform, of)
     save_points(output, table, from_ras(partners, space, target))
-
-
-if __name__ == "__main__":
-    import fire
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    fire.Fire(apply)

@@ -348,8 +348,8 @@ def _require_one_dimension(name: str, shapes: Mapping[str, tuple[tuple[int, ...]
     for here, there, scans in ((2, 3, "volumes"), (3, 2, "slices")):
         if (here + 2, there + 2) in axes:  # of convolutions
             raise CheckpointError(
-                f"{path} has weights for {here}-D, but this {name} is for {there}-D, as the scans are: expected weights "
-                f"for {scans}. Choose a bundle that ships some, or another checkpoint"
+                f"{path} has weights for {here}-D, but this {name} is for {there}-D: expected weights for "
+                f"{scans}. Choose a bundle that ships some, or another checkpoint"
             )
 
 

@@ -274,6 +274,13 @@ REFUSED: dict[str, Refused] = {
         option(checkpoint="{repository}/bundles/gradirn/models/model.pt"),
         ("gradirn/models/model.pt is not a checkpoint of this DualStreamPyramid", "missing"),
     ),
+    "volumes for a bundle that ships weights for slices": Refused(
+        option(3, bundle="gradirn"), ("gradirn/models/model.pt has weights for 2-D", "GraDIRN is for 3-D", "Choose")
+    ),
+    "slices for a bundle that ships weights for volumes": Refused(
+        option(2, bundle="ssl_pretrain"),
+        ("ssl_pretrain/models/model.pt has weights for 3-D", "expected weights for slices"),
+    ),
     "no weights": Refused(option(checkpoint="absent.pt"), ("absent.pt",)),
     "a pickle for weights": Refused(
         text_file("bad.pt", "cos\nsystem\n", moving="moving.nii.gz", fixed="fixed.nii.gz", checkpoint="bad.pt"),
