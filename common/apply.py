@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.command_line import require_device
 from common.io import Scan, grid_of, load_image, load_series, load_transforms, save_image, save_series
 from common.io.points import from_ras, load_points, save_points, to_ras
 from common.spatial import Grid, SpatialTransform, outside_value, warp, warp_labels, warp_scan
@@ -92,6 +93,7 @@ def apply(
         raise ValueError(f"unknown --kind '{kind}', expected one of {list(KINDS)}")
     if of not in ("fixed", "moving"):
         raise ValueError(f"--of must be 'fixed' or 'moving', got '{of}'")
+    require_device(device)
     paths = [transform] if isinstance(transform, str) else list(transform)
     if points is not None:
         # The images are only asked where they lie.

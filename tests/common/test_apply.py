@@ -174,6 +174,7 @@ def test_points_meet_where_the_image_shows_them(tmp_path: Path) -> None:
         ({"moving": "moving.nii.gz", "fixed": "fixed.nii.gz", "kind": "label"}, "must hold whole numbers"),
         ({"points": "points.csv", "of": "both"}, "--of must be 'fixed' or 'moving'"),
         ({"points": "points.csv", "space": "voxel"}, "the image whose voxels they are"),
+        ({"points": "points.csv", "device": "gpu"}, "--device gpu is none that PyTorch knows"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_written(
