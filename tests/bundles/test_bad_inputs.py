@@ -108,6 +108,17 @@ def text_file(name: str, content: str, dims: int = 2, **options: Any) -> Arrange
     return arrange
 
 
+def landmarks(moving: str, fixed: str) -> Arrange:
+    """The plain pair with these points."""
+
+    def arrange(folder: Path) -> Options:
+        for name, text in (("m.csv", moving), ("f.csv", fixed)):
+            (folder / name).write_text(text)
+        return {**plain(folder, 2), "moving_points": "m.csv", "fixed_points": "f.csv"}
+
+    return arrange
+
+
 def in_the_way(folder: Path) -> Options:
     (folder / "out").write_text("a file")
     return plain(folder, 2)
@@ -246,6 +257,16 @@ REFUSED: dict[str, Refused] = {
         bad(3, same, affine=moved_by(200, 0, 0)),
         ("bad.nii.gz and fixed.nii.gz do not meet in the world", "[203.4", "let `affine` be 'affine'".capitalize()),
     ),
+    # Landmarks
+    "landmarks of one scan only": Refused(
+        text_file("m.csv", "1,2\n", moving="moving.nii.gz", fixed="fixed.nii.gz", moving_points="m.csv"),
+        ("--moving_points m.csv has no partner", "give --fixed_points too"),
+    ),
+    "landmarks without partners": Refused(
+        landmarks("1,2\n3,4\n", "1,2\n"),
+        ("m.csv", "2 points", "f.csv", "1"),
+    ),
+    "landmarks that are no numbers": Refused(landmarks("1,2\n", "a,b\n1,c\n"), ("f.csv",)),
     # Lists
     "two pairs of one name": Refused(
         text_file(

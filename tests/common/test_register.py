@@ -122,5 +122,4 @@ def test_meanings_are_of_options_that_some_bundle_has(repository: Path) -> None:
     known = {"bundle", "debug"}
     for bundle in BUNDLES:
         known |= set(json.loads((repository / f"bundles/{bundle}/configs/inference.json").read_text()))
-    waiting = {"moving_points", "fixed_points", "points_space"}  # of landmarks, which the configs do not offer yet
-    assert {name for group in GROUPS.values() for name in group} - waiting <= known
+    assert {name for group in GROUPS.values() for name in group} <= known
