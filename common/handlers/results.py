@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.handlers.registered import RegisteredPair
 from common.io import Scan, save_field, save_image, save_transform
-from common.spatial import SpatialTransform, jacobian_determinant, warp_labels, warp_scan
+from common.spatial import SpatialTransform, jacobian_determinant, warp, warp_labels, warp_scan
 
 __all__ = [
     "FORMS",
@@ -73,7 +73,8 @@ def write_moved_label(folder: Path, found: RegisteredPair, start: Tensor) -> dic
     volume = found.label("moving")
     if volume is None:
         return {}
-    before, after = (warp_labels(volume, field, padding="zeros")[0] for field in (start, found.ddf))
+    after = warp_labels(volume, found.ddf, padding="zeros")[0]
+    before = warp(volume, start, mode="nearest", padding="zeros")[0]  # for pictures alone, in a tenth of the time
     save_image(folder / "moved_label.nii.gz", after[0].cpu().numpy(), found.fixed.affine_3d)
     return {"moving_label": before, "moved_label": after}
 
