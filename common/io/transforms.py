@@ -88,9 +88,10 @@ def load_transform(
 def load_transforms(
     paths: Sequence[str | Path], *, fixed: Grid | None = None, moving: Grid | None = None
 ) -> SpatialTransform:
-    """Read a list as ``antsApplyTransforms -t`` takes it: the last one acts first on a point of the fixed image.
+    """Read a list as ``antsApplyTransforms -t`` takes it, such as ``1Warp.nii.gz 0GenericAffine.mat``.
 
-    A path that ends in ``:inverse`` is inverted, numerically if it is a field.
+    The first one acts first on a point of the fixed image, the last one leads to the moving image. (ANTs calls this the
+    reverse order, as it thinks of the moving image, which goes through the last one first.) A path that ends in ``:inverse`` is inverted, numerically if it is a field.
 
     Args:
         paths: of the files.
@@ -102,7 +103,7 @@ def load_transforms(
         ValueError: when there are none.
     """
     parts: list[Any] = []
-    for name in reversed([str(path) for path in paths]):
+    for name in (str(path) for path in paths):
         turned = name.endswith(":inverse")
         one = load_transform(name.removesuffix(":inverse"), fixed=fixed, moving=moving)
         parts += (one.inverse()[0] if turned else one).parts

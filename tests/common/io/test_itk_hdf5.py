@@ -23,7 +23,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from common.io import Scan, TransformError, grid_of, load_transform, save_transform
+from common.io import Scan, TransformError, grid_of, load_transform, load_transforms, save_transform
 from common.io.itk_hdf5 import read_hdf5_transform, write_hdf5_transform
 from common.spatial import Affine, Displacement, Grid, SpatialTransform
 from tests.itk_oracle import MATRIX, NAMES, inner_points, lps, ours, read_by_itk, two_scans
@@ -162,6 +162,21 @@ def test_ants_moves_images_and_points_as_we_do(tmp_path: Path, orientation: str,
         np.testing.assert_allclose(found.numpy()[inside], moved[inside], atol=2e-5, err_msg=name)
         found = ants.apply_transforms_to_points(d, table, [file])
         np.testing.assert_allclose(found.to_numpy(), partners, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("orientation", "d"), [("oblique", 2), ("oblique", 3)])
+def test_ants_takes_a_list_in_our_order(tmp_path: Path, orientation: str, d: int) -> None:
+    """Warp before affine map, as its registration leaves them; and the other way round, which is another transform."""
+    ants = pytest.importorskip("ants", reason="antspyx is not installed")
+    fixed, moving = two_scans(tmp_path, orientation, d, np.random.default_rng(3))
+    warp, affine = (SpatialTransform((part,)) for part in field_and_affine(grid_of(fixed)).parts)
+    files = [str(save_transform(tmp_path / "1Warp.nii.gz", warp, fixed, moving))]
+    files += [str(save_transform(tmp_path / "0GenericAffine.mat", affine, fixed, moving))]
+    for paths in (files, files[::-1]):
+        moved, inside = ours(load_transforms(paths), moving, fixed)
+        # Left to itself it inverts an affine map that comes first.
+        found = ants.apply_transforms(_ants(ants, fixed), _ants(ants, moving), paths, whichtoinvert=[False, False])
+        np.testing.assert_allclose(found.numpy()[inside], moved[inside], atol=2e-5)
 
 
 def _ants(ants: Any, scan: Scan) -> Any:

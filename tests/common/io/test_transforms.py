@@ -110,7 +110,7 @@ def test_what_is_written_is_read_back(case: Case, file: str) -> None:
 
 
 def test_a_list_acts_as_with_ants(tmp_path: Path) -> None:
-    """-t warp -t affine: the affine map comes last for a point; and the way back, with the affine map inverted."""
+    """-t warp -t affine: the warp comes first for a point; and the way back, -t affine:inverse -t warp:inverse."""
     scan = Scan(np.zeros((8, 8, 8), np.float32), np.eye(4), tmp_path / "x", np.eye(4))
     shift = torch.zeros(1, 3, 8, 8, 8)
     shift[:, 0] = 1.0
@@ -118,12 +118,12 @@ def test_a_list_acts_as_with_ants(tmp_path: Path) -> None:
     double = SpatialTransform((Affine(torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0]))),))
     save_transform(tmp_path / "affine.mat", double, scan, scan)
     point = torch.tensor([[3.0, 3.0, 3.0]])
-    # The first of the list acts last: x -> 2 x -> 2 x + 1, or, the other way round, x -> x + 1 -> 2 (x + 1).
+    # x -> x + 1 -> 2 (x + 1), or, the other way round, x -> 2 x -> 2 x + 1.
     first = load_transforms([tmp_path / "warp.nii.gz", tmp_path / "affine.mat"])
     second = load_transforms([tmp_path / "affine.mat", tmp_path / "warp.nii.gz"])
-    assert first.points(point).tolist() == [[7.0, 6.0, 6.0]] and second.points(point).tolist() == [[8.0, 6.0, 6.0]]
-    back = load_transforms([f"{tmp_path / 'warp.nii.gz'}:inverse", f"{tmp_path / 'affine.mat'}:inverse"])
-    torch.testing.assert_close(back.points(second.points(point)), point.double(), atol=1e-3, rtol=0)
+    assert first.points(point).tolist() == [[8.0, 6.0, 6.0]] and second.points(point).tolist() == [[7.0, 6.0, 6.0]]
+    back = load_transforms([f"{tmp_path / 'affine.mat'}:inverse", f"{tmp_path / 'warp.nii.gz'}:inverse"])
+    torch.testing.assert_close(back.points(first.points(point)), point.double(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

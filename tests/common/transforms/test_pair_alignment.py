@@ -49,8 +49,8 @@ def test_files_of_itk_and_ants(tmp_path: Path, scans: tuple[Scan, Scan], name: s
 
     np.testing.assert_allclose(known(path), TURN, atol=1e-6)
     np.testing.assert_allclose(known(f"{path}:inverse"), np.linalg.inv(TURN), atol=1e-6)
-    # As for antsApplyTransforms, the last of a list acts first.
-    np.testing.assert_allclose(known([str(path), other]), TURN @ shift, atol=1e-5)
+    # As for antsApplyTransforms, the first of a list acts first on a point of the fixed scan.
+    np.testing.assert_allclose(known([str(path), other]), shift @ TURN, atol=1e-5)
 
 
 def test_a_matrix_of_flirt(tmp_path: Path, scans: tuple[Scan, Scan]) -> None:
