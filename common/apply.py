@@ -68,8 +68,8 @@ def apply(
 
     Args:
         transform: a file, or several as antsApplyTransforms takes them, warp before affine map (the first one acts
-            first on a point of the fixed image): ITK and ANTs fields (.nii.gz) and transforms (.h5 .tfm .txt .mat), FSL's FLIRT matrices,
-            Learn2Reg's fields. ``name:inverse`` inverts one of them.
+            first on a point of the fixed image): ITK and ANTs fields (.nii.gz) and transforms (.h5 .tfm .txt .mat),
+            FSL's FLIRT matrices, Learn2Reg's fields. ``name:inverse`` inverts one of them.
         output: .nii.gz for an image, .csv for points.
         moving: the image to carry. With ``points``: the moving image, where voxels or the transform's form ask for it.
         fixed: the image whose grid the result lies on; any grid will do.

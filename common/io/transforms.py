@@ -23,6 +23,7 @@ form                       file                                                 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from common.io.sidecar import ROLES, write_sidecar
 from common.spatial.transform import Affine, Grid, SpatialTransform
 
 __all__ = ["TransformError", "grid_of", "load_transform", "load_transforms", "save_transform"]
+
+logger = logging.getLogger(__name__)
 
 _NIFTI = (".nii", ".nii.gz")
 _ITK = (".h5", ".hdf5", ".tfm", ".txt", ".mat", ".xfm")
@@ -82,6 +85,11 @@ def load_transform(
         raise TransformError(f"{path} is in the form '{fmt}', which says nothing without both images: name both")
     if fmt == "l2r":
         return _read_l2r(path, fixed, moving)
+    logger.info(
+        "%s is read as a matrix of FSL's FLIRT. Greedy and c3d write four lines of four numbers too, which mean something "
+        "else: have c3d_affine_tool write those for ITK (-oitk)",
+        path,
+    )
     return SpatialTransform((Affine(_from_fsl(path, fixed, moving)),))
 
 
@@ -91,7 +99,9 @@ def load_transforms(
     """Read a list as ``antsApplyTransforms -t`` takes it, such as ``1Warp.nii.gz 0GenericAffine.mat``.
 
     The first one acts first on a point of the fixed image, the last one leads to the moving image. (ANTs calls this the
-    reverse order, as it thinks of the moving image, which goes through the last one first.) A path that ends in ``:inverse`` is inverted, numerically if it is a field.
+    reverse order, as it thinks of the moving image, which goes through the last one first.)
+
+    A path that ends in ``:inverse`` is inverted, numerically if it is a field.
 
     Args:
         paths: of the files.
