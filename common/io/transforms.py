@@ -86,8 +86,8 @@ def load_transform(
     if fmt == "l2r":
         return _read_l2r(path, fixed, moving)
     logger.info(
-        "%s is read as a matrix of FSL's FLIRT. Greedy and c3d write four lines of four numbers too, which mean something "
-        "else: have c3d_affine_tool write those for ITK (-oitk)",
+        "%s is read as a matrix of FSL's FLIRT. Greedy and c3d write such files too, with another meaning: "
+        "have c3d_affine_tool write those for ITK (-oitk)",
         path,
     )
     return SpatialTransform((Affine(_from_fsl(path, fixed, moving)),))
