@@ -134,6 +134,8 @@ def test_a_list_without_any_good_pair_fails_and_says_why(repository: Path, tmp_p
 
 def test_what_is_the_same_in_all_bundles_is_written_alike(repository: Path) -> None:
     configs = {bundle: read_config(bundle, repository, "inference") for bundle in BUNDLES}
+    for config in configs.values():
+        config["folders"] = {**config["folders"], "settings": None}  # each bundle has its own options
     for key in ("pairs", "split", "overwrite", "moving", "fixed", "folders", "dataset", "dataloader", "inferer"):
         assert len({json.dumps(config[key]) for config in configs.values()}) == 1, key
     for bundle, config in configs.items():
@@ -142,3 +144,42 @@ def test_what_is_the_same_in_all_bundles_is_written_alike(repository: Path) -> N
         # The table reads what the writer has written.
         assert config["handlers"][-1]["_target_"] == "common.handlers.PairsTable", bundle
         assert "models/model.pt" in config["checkpoint"], bundle
+
+
+# What says which pairs there are and where results go; what is no option; what each pair has of its own.
+NO_SETTINGS = {
+    *("imports", "bundle_root", "output_dir", "device", "dataset_dir", "pairs", "split", "overwrite", "report"),
+    *("moving", "fixed", "moving_label", "fixed_label", "moving_points", "fixed_points", "points_space"),
+    *("frame", "moving_frame", "fixed_frame", "spatial_dims", "handlers", "loaded", "run"),
+}
+
+
+@pytest.mark.parametrize("bundle", sorted(BUNDLES))
+def test_a_list_is_done_again_for_every_option_that_changes_results(repository: Path, bundle: str) -> None:
+    config = read_config(bundle, repository, "inference")
+    options = {key for key, value in config.items() if not isinstance(value, dict)} - NO_SETTINGS
+    settings = config["folders"]["settings"]
+    assert options <= set(settings), options - set(settings)
+    assert all(value == f"@{key}" for key, value in settings.items())
+    assert {"checkpoint", "refine", "affine", "spacing", "intensity"} <= options
+
+
+def test_a_list_with_landmarks_is_redone_where_options_changed(repository: Path, tmp_path: Path) -> None:
+    """Landmarks that lie 3 mm from their partners before the network, of one pair of two."""
+    pair = make_contrast_pair((24, 20), subject=0)
+    for key in ("moving", "fixed"):
+        save_image(tmp_path / f"{key}.nii", np.float32(700) * getattr(pair, key).numpy(), np.diag([1.5, 1, 1, 1]))
+    (tmp_path / "m.csv").write_text("x,y,z\n10,12,0\n12,8,0\n")
+    (tmp_path / "f.csv").write_text("x,y,z\n10,9,0\n12,5,0\n")
+    header = "moving,fixed,moving_points,fixed_points,id"
+    (tmp_path / "pairs.csv").write_text(f"{header}\nmoving.nii,fixed.nii,m.csv,f.csv,a\nfixed.nii,moving.nii,,,b\n")
+    command = {"pairs": tmp_path / "pairs.csv", "output_dir": tmp_path / "out", "affine": "none"}
+    succeed(run_bundle("gradirn", repository, "inference", **command))
+    first = {row["id"]: row for row in rows(tmp_path / "out/metrics.csv")}
+    assert float(first["a"]["tre_before"]) == pytest.approx(3.0) and 0 < float(first["a"]["tre"]) < 6
+    assert first["b"]["tre"] == "nan" and "tre_initial" not in first["a"]
+    text = succeed(run_bundle("gradirn", repository, "inference", **command, refine=2))
+    assert "2 of 2 pairs were registered before with refine 0, now 2: done again: a, b" in text
+    second = {row["id"]: row for row in rows(tmp_path / "out/metrics.csv")}
+    assert float(second["a"]["tre_network"]) == pytest.approx(float(first["a"]["tre"]), abs=1e-4)
+    assert "2 of 2 pairs are complete" in succeed(run_bundle("gradirn", repository, "inference", **command, refine=2))
