@@ -17,6 +17,7 @@ and output.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -27,7 +28,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _LIBRARIES = ["torch", "torch.distributed", "monai.bundle", "monai.transforms", "ignite.engine", "itk", "nibabel"]
-_LIBRARIES += ["matplotlib.pyplot", "scipy.ndimage", "tensorboard", "torch.utils.tensorboard"]
+_LIBRARIES += ["matplotlib.pyplot", "matplotlib.backends.backend_agg", "scipy.ndimage", "fire"]
+_LIBRARIES += ["tensorboard", "torch.utils.tensorboard"]
 
 
 def run_python(
@@ -61,6 +63,7 @@ def _run(arguments: list[str], cwd: str, variables: dict[str, str], streams: lis
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
+    gc.freeze()  # else every collection would look at, and copy, all that the server has imported
     sys.dont_write_bytecode = False  # else every command would compile the core anew
     start, *rest = arguments
     program = rest.pop(0) if start in ("-m", "-c") else start
