@@ -20,7 +20,7 @@ import torch
 
 from common.handlers.registered import RegisteredPair
 
-__all__ = ["files_in_words", "steps_of", "times_in_words", "timings_of"]
+__all__ = ["clear_results", "files_in_words", "require_other_folder", "steps_of", "times_in_words", "timings_of"]
 
 _FILES = {
     "report.html": "open this in a browser: pictures, measures, what was done",
@@ -42,6 +42,27 @@ _FILES = {
     "registration.png": "before and after in one picture",
     "metrics.json": "measures and seconds",
 }
+
+
+_INPUTS = tuple(f"{role}{kind}" for role in ("moving", "fixed") for kind in ("", "_label", "_points"))
+
+
+def require_other_folder(folder: Path, pair: Mapping[str, Any]) -> None:
+    """Whether results can go to a folder without replacing what they come from.
+
+    Raises:
+        ValueError: for a file of the pair that lies there and is called as a result is; names it.
+    """
+    for path in (Path(pair[key]) for key in _INPUTS if pair.get(key)):
+        if path.name in _FILES and path.resolve().parent == folder.resolve():
+            raise ValueError(f"{path} would be replaced by a result of the same name: choose another --output_dir")
+
+
+def clear_results(folder: Path) -> None:
+    """Remove the results of an earlier run, of which the next may leave some: the way back of another way there."""
+    transforms = [name for name in _FILES if "ddf" in name or "transform" in name]
+    for name in (*_FILES, *(f"{name.removesuffix('.nii.gz').removesuffix('.h5')}.json" for name in transforms)):
+        (folder / name).unlink(missing_ok=True)
 
 
 def steps_of(found: RegisteredPair, bundle: str | None = None) -> dict[str, str]:

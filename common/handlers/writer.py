@@ -38,7 +38,13 @@ from common.handlers.results import (
     write_moved_label,
     write_transform,
 )
-from common.handlers.summary import files_in_words, times_in_words, timings_of
+from common.handlers.summary import (
+    clear_results,
+    files_in_words,
+    require_other_folder,
+    times_in_words,
+    timings_of,
+)
 from common.io import PairFolders, Scan, load_image, require_label_map
 from common.io.label_maps import load_label_map
 from common.io.pair_folders import write_measures
@@ -92,7 +98,7 @@ class RegistrationWriter:
 
     Raises:
         ValueError: for an unknown format or kind of inverse; when the evaluator starts, for a label map with fractional
-            values.
+            values, or a scan that a result would replace.
         GridError: when the evaluator starts, for a label map that does not lie on its scan's grid.
         OSError: when the evaluator starts, for a folder that cannot be written to.
     """
@@ -137,6 +143,7 @@ class RegistrationWriter:
         if self.folders is not None:
             return  # The maps of a list are looked at pair by pair, when each is loaded.
         for pair in self.pairs.values():
+            require_other_folder(self.output_dir, pair)
             if pair.get("moving_label"):
                 frame = pair.get("moving_frame")
                 require_label_map(load_image(pair["moving"], frame), load_label_map(pair["moving_label"], frame))
@@ -148,7 +155,6 @@ class RegistrationWriter:
             return
         for item, names in enumerate(zip(output["moving_id"], output["fixed_id"], strict=True)):
             folder = self.output_dir if len(self.pairs) == 1 else self.output_dir / "_to_".join(names)
-            (folder / "metrics.json").unlink(missing_ok=True)
             about = self._write(folder, RegisteredPair(self.pairs["_to_".join(names)], output, item))
             measures = _measured(output, item)
             columns = {n: self.columns[n] for n, row in measures.items() if n in self.columns and len(row) > 1}
@@ -161,6 +167,7 @@ class RegistrationWriter:
                     folders.restart(name)  # What an earlier run left there is no result of this one.
                 continue
             try:
+                require_other_folder(folders.of(name), self.pairs[name])
                 folders.restart(name)
                 about = self._write(folders.of(name), RegisteredPair(self.pairs[name], output, item))
                 folders.finish(self.pairs[name], _measured(output, item), about)
@@ -171,8 +178,9 @@ class RegistrationWriter:
 
     def _write(self, folder: Path, found: RegisteredPair) -> dict[str, Any]:
         """Write everything but ``metrics.json``; returns what that has to say beside the measures."""
-        began, clock = time.perf_counter(), time.time()
+        began = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
+        clear_results(folder)
         image, moved = write_moved(folder, found)
         determinant = write_jacobian(folder, found)
         transform = found.transform()
@@ -192,18 +200,12 @@ class RegistrationWriter:
             seen |= {name: labels.get(name) for name in ("moved_label", "fixed_label")}
             self._write_report(folder, found, seen | report_points(found, back), maps, timings)
             timings["write"] = time.perf_counter() - began
-        self._tell(folder, timings, clock)
+        logger.info("%s: %s", folder, times_in_words(timings))
+        if len(self.pairs) == 1:
+            logger.info("%s", files_in_words(folder, [*(path.name for path in folder.iterdir()), "metrics.json"]))
         about: dict[str, Any] = {"timings": {name: round(seconds, 3) for name, seconds in timings.items()}}
         about |= {"refinement": found.output["refinement"]} if "refinement" in found.output else {}
         return about if residual is None else {**about, "inverse_residual_mm": residual}
-
-    def _tell(self, folder: Path, timings: Mapping[str, float], clock: float) -> None:
-        """Log what took how long and, of a single pair, what is where now."""
-        logger.info("%s: %s", folder, times_in_words(timings))
-        if len(self.pairs) == 1:
-            # Not what an earlier run with other options left; clocks of file systems are coarse.
-            new = [path.name for path in folder.iterdir() if path.is_file() and path.stat().st_mtime >= clock - 2]
-            logger.info("%s", files_in_words(folder, [*new, "metrics.json"]))
 
     def _write_report(
         self,

@@ -302,6 +302,25 @@ def test_a_folder_that_cannot_be_made_is_named(pair: dict[str, Any], tmp_path: P
         register(tmp_path / "file/out", pair)
 
 
+def test_a_result_does_not_replace_what_it_comes_from(pair: dict[str, Any], tmp_path: Path) -> None:
+    pair["moving"] = pair["moving"].rename(tmp_path / "moved.nii.gz")
+    with pytest.raises(ValueError, match=r"moved.nii.gz would be replaced .* choose another --output_dir"):
+        register(tmp_path, pair)
+    assert not (tmp_path / "ddf.nii.gz").exists() and register(tmp_path / "out", pair)
+
+
+def test_nothing_of_an_earlier_run_is_left(pair: dict[str, Any], tmp_path: Path) -> None:
+    register(tmp_path, pair, field_format=["itk", "composite"], report=True)
+    assert (tmp_path / "inverse_transform.json").exists() and (tmp_path / "report.html").exists()
+    (tmp_path / "notes.json").touch()
+    register(tmp_path, pair, inverse="none")
+    results = {"moved.nii.gz", "moved_label.nii.gz", "ddf.nii.gz", "ddf.json", "jacobian.nii.gz"}
+    results |= {"registration.png", "metrics.json"}
+    assert {path.name for path in tmp_path.iterdir()} == results | {path.name for path in pair.values()} | {
+        "notes.json"
+    }
+
+
 def test_an_unknown_format_is_refused_at_once(tmp_path: Path) -> None:
     for forms in ("itkk", ["itk", "itkk"]):
         with pytest.raises(ValueError, match=r"field_format \['itkk'\], expected one of \['itk', 'l2r', 'composite'\]"):
