@@ -31,9 +31,9 @@ from torch.nn import functional
 
 from common.data.cohort import Cohort, cohort_from_json
 from common.data.download import cache_folder
-from common.data.embedded import one_thread, save_bytes, written_whole
+from common.data.embedded import save_bytes, written_whole
 from common.data.pairing import generator_for
-from common.spatial import integrate
+from common.spatial import few_threads, integrate
 
 __all__ = ["LABELS", "CinePair", "cine_cohort", "make_cine_pair"]
 
@@ -106,7 +106,7 @@ def cine_cohort(
     folder = root / f"cine_v{VERSION}_{size[0]}x{size[1]}_seed{anatomy_seed}" / f"magnitude{magnitude:g}"
     if not (folder / "dataset.json").is_file():
         logger.info("writing the cine cohort to %s", folder)
-        with written_whole(folder, _description(size)) as half_made, one_thread():
+        with written_whole(folder, _description(size)) as half_made, few_threads():
             for subject in (n for members in _SPLITS.values() for n in members):
                 _write_subject(
                     half_made, make_cine_pair(size, seed=anatomy_seed, subject=subject, magnitude=magnitude), subject

@@ -34,9 +34,10 @@ from torch import Tensor
 from common.data.cohort import Cohort, cohort_from_json
 from common.data.contrast_tissue import EDGE, Anatomy, Scanner, Shape, places_of
 from common.data.download import cache_folder
-from common.data.embedded import grid_of, one_thread, save_bytes, written_whole
+from common.data.embedded import grid_of, save_bytes, written_whole
 from common.data.pairing import generator_for
 from common.io import save_field
+from common.spatial import few_threads
 
 __all__ = ["LABELS", "ContrastPair", "contrast_cohort", "make_contrast_pair"]
 
@@ -108,7 +109,7 @@ def contrast_cohort(
     folder = root / f"contrast_v{VERSION}_{shown}_seed{anatomy_seed}" / f"magnitude{magnitude:g}_contrast{contrast:g}"
     if not (folder / "dataset.json").is_file():
         logger.info("writing the contrast cohort to %s", folder)
-        with written_whole(folder, _description(size)) as half_made, one_thread():
+        with written_whole(folder, _description(size)) as half_made, few_threads():
             _write(half_made, size, anatomy_seed, magnitude, contrast)
     return cohort_from_json(folder / "dataset.json", folder)
 

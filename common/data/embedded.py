@@ -23,9 +23,8 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 
-__all__ = ["grid_of", "one_thread", "save_bytes", "written_whole"]
+__all__ = ["grid_of", "save_bytes", "written_whole"]
 
 
 def grid_of(spatial_dims: int, spatial_size: int | Sequence[int] | None, least: int) -> tuple[int, ...]:
@@ -76,17 +75,6 @@ def written_whole(folder: Path, description: Mapping[str, Any]) -> Iterator[Path
                 raise
     finally:
         shutil.rmtree(half_made, ignore_errors=True)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Images this small gain nothing from threads, and on a busy machine lose a lot to them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def save_bytes(path: Path, image: np.ndarray, affine: np.ndarray) -> None:

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from common.data.cohort import Cohort, cohort_from_json
 from common.data.download import cache_folder
-from common.data.embedded import grid_of, one_thread, save_bytes, written_whole
+from common.data.embedded import grid_of, save_bytes, written_whole
 from common.data.pairing import generator_for
 from common.io import save_field
+from common.spatial import few_threads
 
 __all__ = ["LABELS", "SlidingPair", "make_sliding_pair", "sliding_cohort"]
 
@@ -115,7 +116,7 @@ def sliding_cohort(
     folder = root / f"sliding_v{VERSION}_{shown}_seed{anatomy_seed}" / f"magnitude{magnitude:g}"
     if not (folder / "dataset.json").is_file():
         logger.info("writing the sliding cohort to %s", folder)
-        with written_whole(folder, _description(size)) as half_made, one_thread():
+        with written_whole(folder, _description(size)) as half_made, few_threads():
             for name in ("fieldsTr", "landmarksTr"):
                 (half_made / name).mkdir()
             for split, members in _SPLITS.items():

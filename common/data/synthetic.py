@@ -30,9 +30,9 @@ from torch.nn import functional
 
 from common.data.cohort import Cohort, cohort_from_json
 from common.data.download import cache_folder
-from common.data.embedded import grid_of, one_thread, save_bytes, written_whole
+from common.data.embedded import grid_of, save_bytes, written_whole
 from common.data.pairing import generator_for
-from common.spatial import integrate
+from common.spatial import few_threads, integrate
 
 __all__ = ["LABELS", "make_subject", "synthetic_cohort"]
 
@@ -183,7 +183,7 @@ def _scan(intensity: Tensor, x: Tensor, draw: np.random.Generator) -> Tensor:
 def _write(folder: Path, size: tuple[int, ...], seed: int, magnitude: float) -> None:
     logger.info("writing the synthetic cohort to %s", folder)
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
-    with written_whole(folder, _description(size)) as half_made, one_thread():
+    with written_whole(folder, _description(size)) as half_made, few_threads():
         for subject in range(_COUNT):
             image, label = make_subject(size, seed=seed, subject=subject, magnitude=magnitude)
             save_bytes(half_made / _image(subject), image.numpy(), affine)

@@ -26,6 +26,7 @@ from common.engines.affine_objective import SIMILARITIES, Objective
 from common.engines.affine_pyramid import Level, levels, prepare
 from common.engines.affine_starts import distinct, guesses
 from common.engines.quasi_newton import minimise
+from common.spatial import few_threads
 
 __all__ = ["AffineResult", "AffineStage", "register_affine"]
 
@@ -217,7 +218,8 @@ class _Registration:
                 pair.fixed.centre.round(1).tolist(),
                 pair.moving.centre.round(1).tolist(),
             )
-        tried = [(objective(matrix), matrix) for matrix in guesses(pair, scaled=scaled, headers=not apart)]
+        with few_threads(objective.fixed.numel()):
+            tried = [(objective(matrix), matrix) for matrix in guesses(pair, scaled=scaled, headers=not apart)]
         # The order of equals is that of the guesses, the plainest first.
         tried.sort(key=lambda guess: -guess[0])
         chosen = distinct([matrix for _, matrix in tried], pair, _FOLLOWED)
@@ -230,14 +232,15 @@ class _Registration:
         """The best map of a kind that is reached from a map at a level, its similarity, and the evaluations it took."""
         objective, size = self.objective(level), self.pyramid[level].size
         basis = generators(kind, len(matrix) - 1)
-        end = minimise(
-            lambda parameters: objective.loss_and_slope(matrix, parameters, basis),
-            objective.metric(basis),
-            lambda change: objective.motion(basis, change),
-            longest=_LONGEST * size,
-            shortest=_SHORTEST * size,
-            max_steps=steps,
-        )
+        with few_threads(objective.fixed.numel()):
+            end = minimise(
+                lambda parameters: objective.loss_and_slope(matrix, parameters, basis),
+                objective.metric(basis),
+                lambda change: objective.motion(basis, change),
+                longest=_LONGEST * size,
+                shortest=_SHORTEST * size,
+                max_steps=steps,
+            )
         return matrix @ objective.step(end.parameters, basis), -end.value, end.evaluations
 
     def _finish(self, kind: str, level: int, matrix: np.ndarray, value: float, evaluations: int, began: float) -> None:

@@ -30,6 +30,7 @@ from common.spatial.inversion import Inversion, invert
 from common.spatial.jacobian import jacobian_determinant, jacobian_matrix
 from common.spatial.labels import warp_labels
 from common.spatial.resampling import resample_field
+from common.spatial.threads import few_threads
 from common.spatial.transform import Affine, Displacement, Grid, SpatialTransform
 from common.spatial.warping import warp, warp_points
 
@@ -46,6 +47,7 @@ __all__ = [
     "ddf_to_affine",
     "digital_jacobian_determinants",
     "identity_grid",
+    "few_threads",
     "integrate",
     "invert",
     "jacobian_determinant",
