@@ -64,18 +64,19 @@ class PairValues(Mapping[str, Any]):
     def __init__(self, batch: Mapping[str, Any], fields: Mapping[str, Any], labels: Sequence[int] = ()) -> None:
         self._known: dict[str, Any] = {**batch, **fields}
         self._labels = tuple(int(label) for label in labels)
-        self._computed: dict[str, tuple[str, Callable[[], Tensor]]] = {
-            "moved": ("moving", lambda: warp(self["moving"], self["ddf"])),
-            "moved_mask": ("moving_mask", lambda: warp(self["moving_mask"].float(), self["ddf"], padding="zeros")),
-            "moved_label": ("moving_label", lambda: warp_labels(self["moving_label"], self["ddf"])),
-            "moved_label_l2r": ("moving_label", lambda: learn2reg_labels(self["moving_label"], self["ddf"])),
-            "moving_onehot": ("moving_label", lambda: self._one_hot(self["moving_label"])),
-            "fixed_onehot": ("fixed_label", lambda: self._one_hot(self["fixed_label"])),
-            "moved_onehot": ("moving_label", lambda: warp(self["moving_onehot"], self["ddf"])),
-            "inverse_moved": ("inverse_ddf", lambda: warp(self["fixed"], self["inverse_ddf"])),
-            "inverse_moved_onehot": ("inverse_ddf", lambda: warp(self["fixed_onehot"], self["inverse_ddf"])),
-            "moving_spacing": ("moving_affine", lambda: self["moving_affine"][:, :-1, :-1].norm(dim=1)),
-            "fixed_spacing": ("fixed_affine", lambda: self["fixed_affine"][:, :-1, :-1].norm(dim=1)),
+        # Functions of these values, not bound to them: a cycle would keep fields and graphs until it is collected.
+        self._computed: dict[str, tuple[str, Callable[[PairValues], Tensor]]] = {
+            "moved": ("moving", lambda v: warp(v["moving"], v["ddf"])),
+            "moved_mask": ("moving_mask", lambda v: warp(v["moving_mask"].float(), v["ddf"], padding="zeros")),
+            "moved_label": ("moving_label", lambda v: warp_labels(v["moving_label"], v["ddf"])),
+            "moved_label_l2r": ("moving_label", lambda v: learn2reg_labels(v["moving_label"], v["ddf"])),
+            "moving_onehot": ("moving_label", lambda v: v._one_hot(v["moving_label"])),
+            "fixed_onehot": ("fixed_label", lambda v: v._one_hot(v["fixed_label"])),
+            "moved_onehot": ("moving_label", lambda v: warp(v["moving_onehot"], v["ddf"])),
+            "inverse_moved": ("inverse_ddf", lambda v: warp(v["fixed"], v["inverse_ddf"])),
+            "inverse_moved_onehot": ("inverse_ddf", lambda v: warp(v["fixed_onehot"], v["inverse_ddf"])),
+            "moving_spacing": ("moving_affine", lambda v: v["moving_affine"][:, :-1, :-1].norm(dim=1)),
+            "fixed_spacing": ("fixed_affine", lambda v: v["fixed_affine"][:, :-1, :-1].norm(dim=1)),
         }
 
     def __getitem__(self, name: str) -> Any:
@@ -83,7 +84,7 @@ class PairValues(Mapping[str, Any]):
             source, compute = self._computed.get(name, ("", None))
             if compute is None or source not in self._known:
                 raise KeyError(name)
-            self._known[name] = compute()
+            self._known[name] = compute(self)
         return self._known[name]
 
     def __contains__(self, name: object) -> bool:
