@@ -37,7 +37,7 @@ def cubic_bspline(distance: Tensor) -> Tensor:
 
 
 def bspline_displacement(
-    control_points: Tensor, factor: int | Sequence[int], size: Sequence[int] | None = None
+    control_points: Tensor, factor: float | Sequence[float], size: Sequence[int] | None = None
 ) -> Tensor:
     """The field ``ddf_k(x) = factor_k * sum_t c_k(t) * prod_j beta(q_j - t_j)`` with ``q = (x + 0.5)/factor - 0.5``.
 
@@ -45,8 +45,9 @@ def bspline_displacement(
 
     Args:
         control_points: (B, d, *s), in spacings of their own grid.
-        factor: voxels between control points, one number or one an axis.
-        size: of the field; ``s * factor`` if not given. Beyond the control points the outermost ones are repeated.
+        factor: voxels between control points, one number or one an axis; at least 1, not necessarily whole.
+        size: of the field; ``s * factor``, rounded down, if not given. Beyond the control points the outermost ones
+            are repeated.
 
     Returns:
         (B, d, *size), in voxels, float32 (float64 if the control points are).
@@ -56,8 +57,9 @@ def bspline_displacement(
     """
     points = as_field(control_points, "control_points")
     grid = points.shape[2:]
-    factors = (factor,) * len(grid) if isinstance(factor, int) else tuple(factor)
-    wanted = tuple(n * f for n, f in zip(grid, factors, strict=False)) if size is None else tuple(size)
+    factors = (factor,) * len(grid) if isinstance(factor, (int, float)) else tuple(factor)
+    own = (torch.sym_int(n * f) for n, f in zip(grid, factors, strict=False))
+    wanted = tuple(own) if size is None else tuple(size)
     if not len(factors) == len(wanted) == len(grid) or min((*factors, *wanted)) < 1:
         raise ValueError(f"factor {factor} and size {size} must be positive, one an axis, for {tuple(points.shape)}")
     with torch.autocast(points.device.type, enabled=False):
@@ -119,7 +121,7 @@ def _outer(factors: list[Tensor]) -> Tensor:
     return product
 
 
-def _along(points: Tensor, axis: int, factor: int, size: int) -> Tensor:
+def _along(points: Tensor, axis: int, factor: float, size: int) -> Tensor:
     """Evaluate the spline along one spatial axis."""
     if factor == 1 and size == points.shape[2 + axis]:
         smoothed: Tensor = _smooth_plainly(points, 2 + axis) if exporting() else _Smooth.apply(points, 2 + axis)
@@ -132,7 +134,7 @@ def _along(points: Tensor, axis: int, factor: int, size: int) -> Tensor:
     return (matrix @ points.reshape(*before, points.shape[2 + axis], -1)).reshape(*before, size, *after)
 
 
-def _matrix(count: int, factor: int, size: int) -> Tensor:
+def _matrix(count: int, factor: float, size: int) -> Tensor:
     """(size, count): the weight of every control point in every voxel, those outside added to the outermost."""
     position = (torch.arange(size, dtype=torch.float64) + 0.5) / factor - 0.5
     number = torch.arange(count, dtype=torch.float64)

@@ -47,7 +47,7 @@ def test_published_fields(factor: int, shared: Path, device: torch.device) -> No
     torch.testing.assert_close(bspline_displacement(points, factor), expected, rtol=0, atol=1e-5)
 
 
-def _by_definition(points: Tensor, factors: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+def _by_definition(points: Tensor, factors: tuple[float, ...], size: tuple[int, ...]) -> Tensor:
     """The sum of the docstring, term by term."""
     ddf = torch.zeros(*points.shape[:2], *size, dtype=points.dtype)
     for x in itertools.product(*map(range, size)):
@@ -62,14 +62,21 @@ def _by_definition(points: Tensor, factors: tuple[int, ...], size: tuple[int, ..
 
 @pytest.mark.parametrize(
     ("grid", "factor", "size"),
-    [((3, 2), 2, (5, 4)), ((1, 3), (3, 1), None), ((2, 3), 1, (4, 2)), ((2, 1, 2), (1, 2, 3), (2, 3, 5))],
+    [
+        ((3, 2), 2, (5, 4)),
+        ((1, 3), (3, 1), None),
+        ((2, 3), 1, (4, 2)),
+        ((2, 1, 2), (1, 2, 3), (2, 3, 5)),
+        ((3, 3), 1.5, (5, 4)),
+        ((3, 2), (1.5, 2.5), None),
+    ],
 )
 def test_any_size_and_factor(
-    grid: tuple[int, ...], factor: int | tuple[int, ...], size: tuple[int, ...] | None
+    grid: tuple[int, ...], factor: float | tuple[float, ...], size: tuple[int, ...] | None
 ) -> None:
     points = torch.randn(2, len(grid), *grid, dtype=torch.float64)
-    factors = (factor,) * len(grid) if isinstance(factor, int) else factor
-    shape = size or tuple(n * f for n, f in zip(grid, factors, strict=True))
+    factors = factor if isinstance(factor, tuple) else (factor,) * len(grid)
+    shape = size or tuple(int(n * f) for n, f in zip(grid, factors, strict=True))
     ddf = bspline_displacement(points, factor, size)
     torch.testing.assert_close(ddf, _by_definition(points, factors, shape))
 
