@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.engines.pair_objective import FIELDS, PairObjective
+from common.engines.spline_flow import SplineFlow
 from common.handlers.output import is_first_rank
 from common.losses import WeightedLosses
 from common.losses.checks import full_precision
@@ -43,9 +44,9 @@ class Refined:
 
     Attributes:
         fields: ``ddf`` and, where the network gave one, ``inverse_ddf``, with what else is still true of them.
-        iterations: that were made, the mean over the pairs of the batch.
-        loss_before: of the network's field, the mean over the pairs.
-        loss_after: of the refined field; never above that before.
+        iterations: that were made at all resolutions, the mean over the pairs of the batch.
+        loss_before: of the network's field at full resolution, the mean over the pairs.
+        loss_after: of the refined field, likewise; never above that before.
         seconds: it took, for all pairs.
     """
 
@@ -70,6 +71,11 @@ class Refinement:
     one if ``phi`` has. What interpolation folds nevertheless, beyond what ``phi`` folded, is taken back at that place
     until the folded volume of either field is no more than it was.
 
+    An image of 2**20 voxels or more is refined at half its resolution first (along axes of at least 64 voxels), with
+    the same control points and an eighth of the work, and then as it is. Of N iterations, ``fine`` N, rounded up, are
+    for the full resolution and those before for the half one; either search may end before that. What it came to is
+    judged at full resolution alone. All iterations on a smaller image are at full resolution.
+
     Every pair is optimised by itself, with no label map in sight. Fields and losses are float32, whatever autocast
     says. On the CPU the result is the same every time; CUDA adds gradients up in any order.
 
@@ -77,12 +83,15 @@ class Refinement:
         loss: named terms as for training, of the values ``moved``, ``fixed``, ``ddf``, ``inverse_moved``,
             ``inverse_ddf``, ``moving_mask`` and so on (:class:`common.engines.PairValues`) and of the fields in
             ``keep``. Default: LNCC of window 9 and the diffusion energy of the field with weight 1, within the masks
-            that the batch has, averaged over both directions where the network gives both.
-        spacing: voxels between control points.
-        learning_rate: Adam's, in voxels: how far a control point goes in one of the first steps.
+            that the batch has, averaged over both directions where the network gives both. At half resolution windows
+            span as many of the larger voxels.
+        spacing: voxels between control points. With 1 there is no half resolution.
+        learning_rate: Adam's, in voxels: how far a control point goes in one of the first steps. Half of it at full
+            resolution, if the half resolution came before.
         steps: squarings of ``exp(v)``.
-        patience: iterations after which the loss must have improved, or the search ends.
+        patience: iterations after which the loss must have improved, or the search at this resolution ends.
         tolerance: by which fraction of its absolute value it must have.
+        fine: share of the iterations on a large image that is kept for the full resolution; 1 for no other.
         keep: outputs of the network that hold whatever the field is: they say something of the fixed image and not of
             the motion. All others, such as a velocity, the levels of a pyramid or samples, belong to the field that was
             replaced and are dropped.
@@ -98,9 +107,10 @@ class Refinement:
         *,
         spacing: int = 3,
         learning_rate: float = 0.5,
-        steps: int = 6,
+        steps: int = 4,
         patience: int = 10,
         tolerance: float = 5e-3,
+        fine: float = 0.3,
         keep: Sequence[str] = ("weight_map", "alpha", "sigma", "w"),
         stacks: bool = False,
     ) -> None:
@@ -110,8 +120,11 @@ class Refinement:
         for name, number in (("learning_rate", learning_rate), ("tolerance", tolerance)):
             if not math.isfinite(number) or number < 0 or (number == 0 and name == "learning_rate"):
                 raise ValueError(f"Refinement: {name} must be a positive number, got {number!r}")
+        if not 0 <= fine <= 1:
+            raise ValueError(f"Refinement: fine must be a share from 0 to 1, got {fine!r}")
         self.loss, self.spacing, self.learning_rate, self.steps = loss, spacing, learning_rate, steps
-        self.patience, self.tolerance, self.keep, self.stacks = patience, tolerance, tuple(keep), stacks
+        self.patience, self.tolerance, self.fine = patience, tolerance, fine
+        self.keep, self.stacks = tuple(keep), stacks
 
     def __call__(self, fields: Mapping[str, Any], batch: Mapping[str, Any], iterations: int) -> Refined:
         """Refine the fields of a batch of pairs.
@@ -143,39 +156,53 @@ class Refinement:
 
     def _one(self, values: dict[str, Any], iterations: int) -> _Outcome:
         """Refine one pair."""
-        pair = PairObjective(_slices(values) if self.stacks else values, self.loss, self.spacing, self.steps)
-        points, losses = self._descend(pair, iterations)
-        before, after = losses[0], min(losses)
-        with torch.no_grad():
-            sound = pair.unfolded(points)
-            if sound is not points:
-                after = float(pair.loss(sound))
-            # Folds that are taken back cost a little, which may be all that was gained.
-            better = after < before
-            found = pair.fields(sound) if better else pair.start
-        found = {name: _stacked(field) if self.stacks else field for name, field in found.items()}
-        return _Outcome(found, len(losses) - 1, before, after if better else before)
-
-    def _descend(self, pair: PairObjective, iterations: int) -> tuple[Tensor, list[float]]:
-        """The control points of the lowest loss that Adam came by, and all losses from the first on."""
-        points = pair.control_points().requires_grad_()
-        optimizer = torch.optim.Adam([points], lr=self.learning_rate / self.spacing)
-        losses: list[float] = []
-        best = points.detach().clone()
+        values = _slices(values) if self.stacks else values
+        pair = PairObjective(values, self.loss, SplineFlow(values["ddf"].shape[2:], self.spacing, self.steps))
         shown = _Progress(iterations)
+        points, left = self._descend_roughly(pair, iterations, shown)
+        # What was found at half resolution is nearly right, and long steps would lose it again.
+        rate = self.learning_rate / 2 if bool(points.any()) else self.learning_rate
+        points = self._descend(pair, points, left, rate, shown, "full resolution")
+        with torch.no_grad():
+            fields = pair.unfolded(points)
+            after = float(pair.loss_of(fields))
+        # Folds that are taken back cost a little, which may be all that was gained.
+        if not after < pair.before:
+            fields, after = pair.start, pair.before
+        shown.close(pair.before, after)
+        fields = {name: _stacked(field) if self.stacks else field for name, field in fields.items()}
+        return _Outcome(fields, shown.made, pair.before, after)
+
+    def _descend_roughly(self, pair: PairObjective, iterations: int, shown: _Progress) -> tuple[Tensor, int]:
+        """What half the resolution comes to, and how many iterations are for the full one."""
+        points, rough = pair.control_points(), pair.coarser()
+        left = math.ceil(round(self.fine * iterations, 6))
+        if rough is None or left == iterations:
+            return points, iterations
+        found = self._descend(rough, points, iterations - left, self.learning_rate, shown, "half resolution")
+        with torch.no_grad():
+            # What helps there may do harm here.
+            return found if float(pair.loss(found)) < pair.before else points, left
+
+    def _descend(
+        self, pair: PairObjective, points: Tensor, iterations: int, rate: float, shown: _Progress, resolution: str
+    ) -> Tensor:
+        """The control points of the lowest loss that Adam comes by, with its learning rate in voxels."""
+        best = points
+        points = points.clone().requires_grad_()
+        optimizer = torch.optim.Adam([points], lr=rate / self.spacing)
+        losses: list[float] = []
         while True:
             total = pair.loss(points)
             losses.append(float(total.detach()))
             if losses[-1] <= min(losses):
-                best.copy_(points.detach())
-            shown(losses)
+                best = points.detach().clone()
+            shown(losses, resolution)
             if len(losses) > iterations or not math.isfinite(losses[-1]) or self._flat(losses):
-                break
+                return best
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-        shown.close(losses)
-        return best, losses
 
     def _flat(self, losses: list[float]) -> bool:
         """Whether the last iterations were not worth their while."""
@@ -198,7 +225,7 @@ class _Progress:
     """A bar on a terminal; elsewhere a line now and then, and one at the end."""
 
     def __init__(self, iterations: int) -> None:
-        self.iterations, self.written = iterations, time.monotonic()
+        self.iterations, self.made, self.written = iterations, 0, time.monotonic()
         self.bar = tqdm(
             total=iterations,
             desc="refine",
@@ -207,25 +234,28 @@ class _Progress:
             disable=not (sys.stderr.isatty() and is_first_rank()),
         )
 
-    def __call__(self, losses: list[float]) -> None:
+    def __call__(self, losses: list[float], resolution: str) -> None:
+        """One more loss at a resolution; the first is that of the start."""
+        course = f"{resolution}, {_course(losses[0], min(losses))}"
         if len(losses) > 1:
-            self.bar.set_postfix_str(_course(losses), refresh=False)
+            self.made += 1
+            self.bar.set_postfix_str(course, refresh=False)
             self.bar.update()
         if self.bar.disable and time.monotonic() - self.written >= _LINE_SECONDS:
-            self._write(losses)
+            self._write(course)
 
-    def close(self, losses: list[float]) -> None:
-        """The descent has ended."""
+    def close(self, before: float, after: float) -> None:
+        """The end, with losses at full resolution."""
         self.bar.close()
-        self._write(losses)
+        self._write(_course(before, after))
 
-    def _write(self, losses: list[float]) -> None:
+    def _write(self, course: str) -> None:
         self.written = time.monotonic()
-        logger.info("refine %d/%d: %s", len(losses) - 1, self.iterations, _course(losses))
+        logger.info("refine %d/%d: %s", self.made, self.iterations, course)
 
 
-def _course(losses: list[float]) -> str:
-    return f"loss {losses[0]:.4g} -> {min(losses):.4g}"
+def _course(before: float, after: float) -> str:
+    return f"loss {before:.4g} -> {after:.4g}"
 
 
 def _item(values: Mapping[str, Any], number: int) -> dict[str, Any]:

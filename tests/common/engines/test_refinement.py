@@ -17,14 +17,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.engines import NonFiniteLossError, PairsEvaluator, Refinement, standard_measures
+from common.engines import NonFiniteLossError, PairsEvaluator, Refinement, pair_objective, standard_measures
 from common.engines.pair_objective import PairObjective
+from common.engines.refinement import _Progress
+from common.engines.spline_flow import SplineFlow
 from common.losses import LNCC, MSE, Diffusion, SoftDice, WeightedLosses
 from common.metrics import InverseConsistency
 from common.spatial import compose, integrate, non_diffeomorphic_volume, warp
 
 logging.getLogger("ignite").setLevel(logging.CRITICAL)
 SIZES = {2: (37, 30), 3: (17, 15, 19)}
+LARGE = {2: (70, 65), 3: (67, 13, 12)}  # with axes long enough to be halved
 WEAK = {
     "similarity": {"term": MSE(), "inputs": ["moved", "fixed"]},
     "smoothness": {"term": Diffusion(), "inputs": ["ddf"], "weight": 1e-3},
@@ -66,6 +69,12 @@ def both(found: dict[str, Tensor], start: str = "zero") -> dict[str, Tensor]:
     if start == "zero":
         return {name: torch.zeros_like(found["true"]) for name in ("ddf", "inverse_ddf")}
     return {"ddf": found["half"], "inverse_ddf": found["half_back"]}
+
+
+@pytest.fixture
+def levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images count as large, and are refined at half their resolution first."""
+    monkeypatch.setattr(pair_objective, "_LARGE", 1)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -133,9 +142,9 @@ def test_it_folds_no_more_than_before(dims: int) -> None:
     result = refinement(fields, unrelated, 20)
     assert result.loss_after < result.loss_before
     assert [float(non_diffeomorphic_volume(field)) for field in result.fields.values()] == [0.0, 0.0]
-    pair_objective = PairObjective({**unrelated, **fields}, reckless, 1, 2)
-    points, _ = refinement._descend(pair_objective, 20)
-    assert float(non_diffeomorphic_volume(pair_objective.fields(points)["ddf"])) > 0  # there was something to take back
+    objective = PairObjective({**unrelated, **fields}, reckless, SplineFlow(SIZES[dims], 1, 2))
+    points = refinement._descend(objective, objective.control_points(), 20, 2.0, _Progress(20), "")
+    assert float(non_diffeomorphic_volume(objective.fields(points)["ddf"])) > 0  # there was something to take back
 
 
 def test_folds_of_the_network_may_stay() -> None:
@@ -145,6 +154,102 @@ def test_folds_of_the_network_may_stay() -> None:
     result = Refinement()({"ddf": ddf}, found, 10)
     assert 0 < float(non_diffeomorphic_volume(result.fields["ddf"])) <= volume * (1 + 1e-6)
     assert result.loss_after < result.loss_before
+
+
+def test_what_is_left_without_folds_may_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pair(2)
+    monkeypatch.setattr(PairObjective, "unfolded", lambda self, points: {"ddf": -found["half"]})
+    result = Refinement(WeightedLosses(WEAK))({"ddf": found["half"]}, found, 3)
+    assert torch.equal(result.fields["ddf"], found["half"]) and result.loss_after == result.loss_before
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_half_the_resolution_comes_nearly_as_far(dims: int, levels: None, device: torch.device) -> None:
+    found = {name: value.to(device) for name, value in pair(dims, size=LARGE[dims]).items()}
+    zero = {"ddf": torch.zeros_like(found["true"])}
+    losses = WeightedLosses(WEAK)
+    results = [Refinement(losses, tolerance=0, fine=share)(zero, found, 40) for share in (0.0, 0.3, 1.0)]
+    assert [result.iterations for result in results] == [40, 40, 40]
+    rough, usual, fine = (error(result.fields["ddf"], found["true"]) for result in results)
+    assert rough < 0.6 * error(zero["ddf"], found["true"])
+    assert usual < rough and usual < 1.5 * fine
+    few = Refinement(losses, tolerance=0)(zero, found, 12)  # of the 40, those at full resolution alone
+    assert usual < error(few.fields["ddf"], found["true"])
+
+
+@pytest.mark.parametrize(
+    ("iterations", "fine", "expected"), [(10, 0.3, (7, 3)), (1, 0.3, (0, 1)), (5, 0.5, (2, 3)), (4, 1.0, (0, 4))]
+)
+def test_how_iterations_are_divided(
+    iterations: int, fine: float, expected: tuple[int, int], levels: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = pair(2, size=LARGE[2])
+    with caplog.at_level(logging.INFO, "common.engines.refinement"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.engines.refinement._LINE_SECONDS", 0.0)
+        result = Refinement(tolerance=0, fine=fine)({"ddf": torch.zeros_like(found["true"])}, found, iterations)
+    assert result.iterations == iterations
+    counts = [sum(f"{name} resolution" in line for line in caplog.messages) for name in ("half", "full")]
+    # A line each, and one for the loss that a resolution begins with.
+    assert counts == [expected[0] + (expected[0] > 0), expected[1] + 1]
+    assert caplog.messages[-1] == (
+        f"refine {iterations}/{iterations}: loss {result.loss_before:.4g} -> {result.loss_after:.4g}"
+    )
+
+
+class Misleading(nn.Module):
+    """Wants at half the resolution the opposite of what it wants at the full one."""
+
+    def forward(self, moved: Tensor, fixed: Tensor) -> Tensor:
+        error = (moved - fixed).square().mean()
+        return error if moved.shape[2:] == LARGE[2] else -error
+
+
+def test_half_the_resolution_does_no_harm(levels: None) -> None:
+    found = pair(2, size=LARGE[2])
+    half = {"ddf": found["half"]}
+    losses = WeightedLosses({"similarity": {"term": Misleading(), "inputs": ["moved", "fixed"]}})
+    result = Refinement(losses, fine=0.0)(half, found, 10)
+    assert torch.equal(result.fields["ddf"], found["half"]) and result.loss_after == result.loss_before
+    refined = Refinement(losses, fine=0.5)(half, found, 10)
+    direct = Refinement(losses, fine=1.0)(half, found, 5)
+    assert torch.equal(refined.fields["ddf"], direct.fields["ddf"]) and refined.loss_after < refined.loss_before
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_folds_and_inverses_at_two_resolutions(dims: int, levels: None) -> None:
+    found = pair(dims, 1.5, size=LARGE[dims])
+    unrelated = {**found, "fixed": smooth_noise(LARGE[dims], 1, 1.0, seed=7).sigmoid()}
+    fields = both(found, "half")
+    reckless = WeightedLosses({"similarity": WEAK["similarity"]})
+    result = Refinement(reckless, learning_rate=2.0, tolerance=0)(fields, unrelated, 20)
+    assert result.loss_after < result.loss_before
+    for name, field in result.fields.items():
+        assert float(non_diffeomorphic_volume(field)) <= float(non_diffeomorphic_volume(fields[name]))
+    usual = Refinement()(fields, found, 15)
+    consistency, (ddf, back) = InverseConsistency(), (usual.fields["ddf"], usual.fields["inverse_ddf"])
+    changed = float((ddf - fields["ddf"]).norm(dim=1).mean())
+    assert changed > 0.2
+    assert float(consistency(ddf, back).mean()) < 0.1 * changed + 2 * float(consistency(*fields.values()).mean())
+
+
+def test_masks_stacks_and_precision_at_two_resolutions(levels: None) -> None:
+    found = pair(2, size=LARGE[2])
+    zero = {"ddf": torch.zeros_like(found["true"])}
+    mask = torch.zeros_like(found["fixed"])
+    mask[..., 9:51, 8:42] = 1
+    ruined = torch.where(mask > 0, found["fixed"], torch.rand(found["fixed"].shape))
+    results = [Refinement()(zero, {**found, "fixed": f, "fixed_mask": mask}, 8) for f in (found["fixed"], ruined)]
+    assert torch.equal(results[0].fields["ddf"], results[1].fields["ddf"])
+    plain = Refinement()(zero, found, 8)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        strict = Refinement()({"ddf": zero["ddf"].clone()}, {name: f.clone() for name, f in found.items()}, 8)
+    assert torch.equal(strict.fields["ddf"], plain.fields["ddf"])
+    stack = {name: torch.stack([found[name][0]] * 2, dim=-1)[None] for name in ("moving", "fixed")}
+    stack["fixed_affine"] = torch.eye(4, dtype=torch.float64)[None]
+    flat = Refinement(stacks=True)({"ddf": torch.zeros(1, 3, *LARGE[2], 2)}, stack, 8).fields["ddf"]
+    # Not equal, as the mean over two slices halves gradients, and Adam's epsilon stays.
+    assert float((flat[:, :2, ..., 1] - plain.fields["ddf"]).norm(dim=1).mean()) < 0.02
+    assert float(plain.fields["ddf"].norm(dim=1).mean()) > 0.2
 
 
 @pytest.mark.parametrize("size", [(11, 7), (3, 50), (7, 5, 9), (3, 3, 3)])
@@ -220,7 +325,9 @@ def test_a_loss_that_is_no_number_is_named() -> None:
         Refinement(WeightedLosses(WEAK))(both(found), found, 3)
 
 
-@pytest.mark.parametrize("options", [{"spacing": 0}, {"learning_rate": 0.0}, {"patience": 1.5}, {"tolerance": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"spacing": 0}, {"learning_rate": 0.0}, {"patience": 1.5}, {"tolerance": -1.0}, {"fine": 1.5}]
+)
 def test_settings_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Refinement(**options)
