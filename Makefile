@@ -33,8 +33,8 @@ demo: setup
 	@echo
 	@echo "Pretraining on random images   $(DEMO)/pretrain       pictures/, TensorBoard logs, model.pt"
 	@echo "Fine-tuning on the cohort      $(DEMO)/finetune       pictures/, metrics.csv, model.pt"
-	@echo "One registration               $(DEMO)/registration   moved.nii.gz, ddf.nii.gz, registration.png"
-	@echo "The same by shipped weights    $(DEMO)/pyramid        and its inverse: inverse_ddf.nii.gz, inverse_moved.nii.gz"
+	@echo "One registration               $(DEMO)/registration   report.html, moved.nii.gz, transforms both ways"
+	@echo "The same by shipped weights    $(DEMO)/pyramid        likewise"
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --durations=10
