@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure(pairs, given.output, given.methods, given.threads, given.keep)
     print(f"\n{tables(results['rows'])}")
     took = (time.perf_counter() - began) / 60
-    print(f"{given.threads} threads; {took:.1f} min now, {results['seconds'] / 60:.1f} in all; see {given.output}")
+    print(f"{given.threads} thread(s); {took:.1f} min now, {results['seconds'] / 60:.1f} in all; see {given.output}")
     if results["errors"]:
         raise SystemExit(f"{len(results['errors'])} runs failed; the same command tries them again")
 
