@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.bundles.commands import rows, run_bundle, succeed
+from tests.processes import run_python
 
 
 def evaluate(repository: Path, output_dir: Path, dataset: str, folder: Path, **options: object) -> dict[str, float]:
@@ -45,3 +47,28 @@ def test_slices_of_brains(repository: Path, shared: Path, tmp_path: Path) -> Non
     mean = evaluate(repository, tmp_path, "oasis2d", shared / "data/OASIS2D", spatial_size=[128, 128])
     assert mean["similarity"] > mean["similarity_before"] + 0.1
     assert mean["folds"] == 0
+
+
+def test_two_scans_are_better_aligned_at_every_stage(repository: Path, shared: Path, tmp_path: Path) -> None:
+    """The short command with the shipped weights; what another program makes of the transform that it writes."""
+    sitk = pytest.importorskip("SimpleITK", reason="SimpleITK is not installed")
+    folder = shared / "data/Task04_Hippocampus"
+    if not folder.is_dir():
+        pytest.skip(f"no scans at {folder}")
+    files = {role: folder / f"imagesTr/hippocampus_{n}.nii.gz" for role, n in (("moving", "311"), ("fixed", "053"))}
+    files |= {f"{role}_label": folder / f"labelsTr/{path.name}" for role, path in files.items()}
+    arguments = [text for role, path in files.items() for text in (f"--{role}", str(path))]
+    command = ["-m", "common", "register", *arguments, "--output_dir", str(tmp_path), "--refine", "12"]
+    text = succeed(run_python(command, repository))
+    assert "affine alignment" in text and "refine 12/12" in text and "report.html" in text
+    measures = json.loads((tmp_path / "metrics.json").read_text())
+    stages = [sum(measures[name]) / 2 for name in ("dice_initial", "dice_before", "dice_network", "dice")]
+    assert stages == sorted(stages) and stages[0] < 0.75 and stages[-1] > 0.84
+    assert measures["folds"] == [0.0] and (tmp_path / "inverse_transform.h5").is_file()
+    moving, fixed = (sitk.ReadImage(str(files[role]), sitk.sitkFloat32) for role in ("moving", "fixed"))
+    theirs = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, sitk.ReadTransform(str(tmp_path / "transform.h5"))))
+    ours = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "moved.nii.gz")))
+    # The first voxel beyond a scan's edge is ours to fade out and theirs to cut off.
+    inside = theirs > 0
+    assert inside.mean() > 0.8
+    assert np.quantile(abs(theirs - ours)[inside], 0.9) < 0.1 < theirs[inside].std() / 100
