@@ -115,7 +115,7 @@ def _adapt(root: Path, bundle: str, name: str, contents: Mapping[str, bytes]) ->
         relative = posixpath.relpath(place, posixpath.dirname(name) or ".")
         return f"{match['shown']}({relative}{anchor}{match['title'] or ''})"
 
-    return _commands(root, bundle, _outside_code(relink, contents[name].decode()))
+    return _commands(bundle, _outside_code(relink, contents[name].decode()))
 
 
 def _resolve(source: str, target: str) -> str | None:
@@ -139,10 +139,10 @@ def _outside_code(replace: Callable[[re.Match[str]], str], text: str) -> str:
     return "".join(lines)
 
 
-def _commands(root: Path, bundle: str, text: str) -> str:
+def _commands(bundle: str, text: str) -> str:
     """Commands that are typed in the folder where zips are unpacked, each to its own folder."""
-    names = "|".join(sorted(path.name for path in (root / "bundles").iterdir() if path.is_dir()))
+    names = r"[a-z]\w*"  # Of any bundle, whether it is in this tree or not: every tree gives the same bytes.
     text = re.sub(rf"\bpython bundles/({names})/scripts/(\w+)\.py", r"PYTHONPATH=\1 python -m scripts.\2", text)
     text = re.sub(rf"(?<![\w/.])bundles/({names})\b", r"\1", text)
-    text = re.sub(r"\bpython -m common\.", f"PYTHONPATH={bundle} python -m common.", text)
+    text = re.sub(r"\bpython -m common\b(?=[. ])", f"PYTHONPATH={bundle} python -m common", text)
     return text.replace("the root of the checkout", f"the folder that holds `{bundle}/`")
