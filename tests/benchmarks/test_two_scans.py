@@ -141,7 +141,7 @@ def test_the_command_prints_a_table(
     finally:
         torch.set_num_threads(before)
     printed = capsys.readouterr().out
-    assert "| good | 1.000 | " in printed and "1 threads; 0.0 min now" in printed
+    assert "| good | 1.000 | " in printed and "1 thread(s); 0.0 min now" in printed
 
 
 def test_tables_hold_means_of_what_there_is() -> None:
