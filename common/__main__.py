@@ -42,7 +42,7 @@ def main() -> None:
         print(__doc__)
         sys.exit(0 if name in ("--help", "-h") else 2)
     # PyTorch's threads, once it is imported, wait for each other without a rest: beside another program that keeps one
-    # of two cores busy, a network takes ten times as long. Asleep they cost a tenth on an idle machine.
+    # of two cores busy, a network takes ten times as long. Asleep they cost little on an idle one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in arguments
     try:

@@ -12,12 +12,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+from common.options import closest_option, first_key
 
 __all__ = [
     "function_help",
@@ -67,13 +68,10 @@ def require_options(given: Collection[str], known: Collection[str], command: str
         ValueError: names the option and the one that comes closest.
     """
     for name in given:
-        key = re.split("#|::", name.lstrip("+"))[0]
+        key = first_key(name)
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            meant = f"did you mean --{close[0]}? " if close else ""
-            raise ValueError(
-                f"--{name} is no option of {command}: {meant}`python -m common {command} --help` lists them"
-            )
+            hints = (closest_option(key, known), f"`python -m common {command} --help` lists them")
+            raise ValueError(f"--{name} is no option of {command}: {' '.join(filter(None, hints))}")
 
 
 def require_parameters(arguments: Sequence[str], function: Callable[..., Any], command: str) -> None:

@@ -19,10 +19,10 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-__all__ = ["check_options"]
+__all__ = ["check_options", "closest_option", "first_key"]
 
 _FLAG = re.compile(r"--?([A-Za-z_+][^=]*)(=.*)?", re.DOTALL)
 
@@ -47,18 +47,17 @@ def check_options(arguments: Sequence[str] | None = None, without_effect: Sequen
         return
     options = _options(arguments[2:])
     files = _files(options.get("config_file", ""))
-    keys = {_first(key) for file in files for key in json.loads(Path(file).read_text(encoding="utf-8"))}
+    keys = {first_key(key) for file in files for key in json.loads(Path(file).read_text(encoding="utf-8"))}
     if not files:
         return
     where = " and ".join(files)
     own = _own_options() | _tracking_options(options.get("tracking", ""))
     for option in options:
-        key = _first(option)
+        key = first_key(option)
         if key in without_effect:
             raise ValueError(f"--{option} has no effect in {where}, which takes no `{key}`")
         if key not in keys | own:
-            close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-            hint = f"did you mean --{close[0]}?" if close else f"the keys are {', '.join(sorted(keys))}"
+            hint = closest_option(key, keys) or f"the keys are {', '.join(sorted(keys))}"
             raise ValueError(f"--{option} is no key of {where}: {hint}")
 
 
@@ -81,7 +80,14 @@ def _files(value: str) -> list[str]:
     return [str(name) for name in names] if all(str(name).endswith(".json") for name in names) else []
 
 
-def _first(key: str) -> str:
+def closest_option(name: str, known: Collection[str]) -> str:
+    """A question that names the known option which comes closest to a name; empty when none comes close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean --{close[0]}?" if close else ""
+
+
+def first_key(key: str) -> str:
+    """What comes before the first ``#`` or ``::`` of an option, without the ``+`` that merges."""
     return re.split("#|::", key.lstrip("+"))[0]
 
 

@@ -26,6 +26,7 @@ from common.handlers.report import ReportInputs, write_report
 from common.handlers.report.inputs import library_versions
 from common.handlers.summary import steps_of
 from common.io import load_pair_points
+from common.io.pair_folders import named_columns
 from common.io.points import from_ras
 from common.spatial import Affine, SpatialTransform
 
@@ -101,8 +102,8 @@ def report_points(found: RegisteredPair, back: SpatialTransform | None) -> dict[
 
 
 def _label_names(measures: Mapping[str, Sequence[float]], columns: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    named = [columns[name] for name, row in measures.items() if len(row) > 1 and len(columns.get(name, ())) == len(row)]
-    return named[0] if named else ()
+    named = named_columns(measures, columns).items()
+    return next((names for name, names in named if len(names) == len(measures[name])), ())
 
 
 def _warnings(found: RegisteredPair) -> list[str]:

@@ -126,7 +126,7 @@ def write_inverse(
     else:
         back, residual = _inverted(folder, found, transform, folded)
         ddf = back.ddf(found.moving_grid, found.fixed_grid)
-        about = {**about, "inversion": "numerical: fixed-point iteration", "residual_mm": residual}
+        about = {**about, "inversion": "numerical: fixed point, then Newton's method", "residual_mm": residual}
     moved = warp_scan(as_image(found.fixed, found.device), ddf)
     save_image(folder / "inverse_moved.nii.gz", moved[0, 0].cpu().numpy(), found.moving.affine_3d)
     scans = {"moving": found.moving, "fixed": found.fixed}

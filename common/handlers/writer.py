@@ -47,7 +47,7 @@ from common.handlers.summary import (
 )
 from common.io import PairFolders, Scan, load_image, require_label_map
 from common.io.label_maps import load_label_map
-from common.io.pair_folders import write_measures
+from common.io.pair_folders import named_columns, write_measures
 from common.spatial import Displacement, SpatialTransform, warp_scan
 
 __all__ = ["RegistrationWriter"]
@@ -157,7 +157,7 @@ class RegistrationWriter:
             folder = self.output_dir if len(self.pairs) == 1 else self.output_dir / "_to_".join(names)
             about = self._write(folder, RegisteredPair(self.pairs["_to_".join(names)], output, item))
             measures = _measured(output, item)
-            columns = {n: self.columns[n] for n, row in measures.items() if n in self.columns and len(row) > 1}
+            columns = named_columns(measures, self.columns)
             write_measures(folder, measures, {**about, "columns": columns} if columns else about)
 
     def _write_listed(self, folders: PairFolders, output: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from common.io.files import writing
 
-__all__ = ["PairFolders", "write_measures"]
+__all__ = ["PairFolders", "named_columns", "write_measures"]
 
 _FILES = (
     *("moving", "fixed", "moving_label", "fixed_label", "moving_frame", "fixed_frame"),
@@ -99,7 +99,7 @@ class PairFolders:
             measures: values by name; what could not be measured is NaN, and null in the file.
             about: what else the file says, and no table does; no lists.
         """
-        columns = {name: self.columns[name] for name, row in measures.items() if name in self.columns and len(row) > 1}
+        columns = named_columns(measures, self.columns)
         known = {} if self.settings is None else {"settings": self.settings}
         stated = {**(about or {}), "files": _files(pair), **known, "columns": columns}
         write_measures(self.of(pair["id"]), measures, stated)
@@ -117,6 +117,13 @@ class PairFolders:
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
+
+
+def named_columns(
+    measures: Mapping[str, Sequence[float]], columns: Mapping[str, Sequence[str]]
+) -> dict[str, Sequence[str]]:
+    """What the values of those measures are called that have several."""
+    return {name: columns[name] for name, row in measures.items() if name in columns and len(row) > 1}
 
 
 def write_measures(folder: Path, measures: Mapping[str, Sequence[float]], about: Mapping[str, Any]) -> None:
